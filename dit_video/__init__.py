@@ -1,0 +1,1 @@
+"""dit_video: a research training framework for video diffusion transformers."""

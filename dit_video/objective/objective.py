@@ -1,0 +1,145 @@
+"""The training objective: corrupt a batch of clips, ask the network, compare velocities on the tokens that were to be made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dit_video.model.layers import seeded
+from dit_video.objective.levels import Levels
+from dit_video.objective.path import Prediction, mix, shift_for, shifted, target_of
+from dit_video.objective.tasks import Task, check_tasks, draw_task, given_tokens
+from dit_video.shapes import Batch, Grid, Patch, Stream, patchify, to_float, token_grid, token_places, token_values
+
+Network = Callable[[dict[str, Stream], Sequence[str | None], tuple[str, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+
+
+@dataclass
+class Corrupted:
+    """A batch on its way into the network, with the answer beside it."""
+
+    stream: Stream
+    captions: list[str | None]  # None where dropped
+    clean: Float[Tensor, "b n p"]
+    noise: Float[Tensor, "b n p"]
+    time: Float[Tensor, " b"]  # of the tokens to be made
+    real: Float[Tensor, "n p"]  # 0 where a token's value is padding before the first frame
+    tasks: list[str]
+
+    @property
+    def made(self) -> Bool[Tensor, "b n"]:
+        return ~self.stream.given
+
+
+@dataclass
+class Losses:
+    """The loss of every clip, and what it was made of."""
+
+    per_clip: Float[Tensor, " b"]  # what is trained on
+    velocity: Float[Tensor, " b"]  # the part that compares velocities
+    extra: dict[str, Float[Tensor, " b"]]  # the other parts, before their weights
+    time: Float[Tensor, " b"]
+    tasks: list[str]
+
+
+class ExtraLoss(Protocol):
+    """A further loss on hidden states, such as representation alignment; a module whose parameters are trained along."""
+
+    weight: float
+    taps: tuple[str, ...]  # the hidden states it wants, see VideoTransformer.forward
+
+    def __call__(self, tapped: dict[str, Tensor], batch: Batch, corrupted: Corrupted, grid: Grid) -> Float[Tensor, " b"]: ...
+
+
+class Objective(nn.Module):
+    """Flow matching on the straight path, with tasks as masks over tokens.
+
+    The loss is the squared error of the velocity, whatever the network predicts: the mean over the real values of a token, then over
+    the tokens to be made of a clip. All that is random about a clip comes from (seed, its slot).
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, Task],  # by name, with their probabilities
+        levels: Levels,  # distribution of the noise level
+        predict: Prediction = "clean",  # what the network's output means
+        caption_dropout: float = 0.1,  # probability that a clip is trained without its caption
+        given_noise: float = 0.0,  # noise level that given tokens carry; clean first frames tend to freeze motion
+        min_time: float = 0.05,  # bound of the divisor in the loss
+        base_tokens: int | None = None,  # clips with more tokens to make than this are shifted toward noise; none: no shift
+        extra: dict[str, ExtraLoss] | None = None,  # further losses, by name
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_tasks(tasks)
+        if predict not in ("clean", "velocity", "noise"):
+            raise ValueError(f"predict must be clean, velocity or noise, got {predict!r}; set objective.predict")
+        for name, value in {"caption_dropout": caption_dropout, "given_noise": given_noise}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}; set objective.{name}")
+        self.tasks, self.levels, self.predict = tasks, levels, predict
+        self.caption_dropout, self.given_noise, self.min_time = caption_dropout, given_noise, min_time
+        self.base_tokens, self.seed = base_tokens, seed
+        self.extra = nn.ModuleDict(extra or {})  # type: ignore[arg-type]
+
+    def forward(self, network: Network, batch: Batch, patch: Patch, reference_rate: float) -> Losses:
+        corrupted = self.corrupt(batch, patch, reference_rate)
+        grid = token_grid(*batch.video.shape[1:4], patch)
+        return self.compare(network, batch, corrupted, grid)
+
+    def corrupt(self, batch: Batch, patch: Patch, reference_rate: float, time: float | None = None) -> Corrupted:
+        """Draws each clip's task, noise level, noise and caption dropout from (seed, slot); a given time replaces the level."""
+        grid = token_grid(*batch.video.shape[1:4], patch)
+        device = batch.video.device
+        clean = patchify(to_float(batch.video), patch)
+        real = repeat(token_values(grid, patch), "n pt -> n (pt values)", values=clean.shape[-1] // patch.t).to(device)
+
+        tasks, given, times, captions = [], [], [], []
+        noise = torch.empty(clean.shape)
+        for row, slot in enumerate(batch.slots.tolist()):
+            generator = seeded(self.seed, slot)
+            tasks.append(draw_task(self.tasks, generator))
+            given.append(given_tokens(self.tasks[tasks[-1]].draw(grid.t, generator), grid))
+            shift = shift_for(int((~given[-1]).sum()), self.base_tokens)
+            times.append(shifted(torch.tensor(self.levels.draw(generator)), shift))
+            dropped = torch.rand((), generator=generator).item() < self.caption_dropout
+            captions.append(None if dropped else batch.captions[row])
+            torch.randn(clean.shape[1:], generator=generator, out=noise[row])
+        noise = noise.to(device) * real
+        made_time = torch.stack(times).to(device) if time is None else torch.full((len(tasks),), time, device=device)
+
+        stream = video_stream(clean, torch.stack(given).to(device), grid, patch, batch.fps, reference_rate)
+        stream.levels = torch.stack([torch.full_like(made_time, self.given_noise), made_time], dim=1)
+        stream.values = mix(clean, noise, stream.level_per_token())
+        return Corrupted(stream, captions, clean, noise, made_time, real, tasks)
+
+    def compare(self, network: Network, batch: Batch, corrupted: Corrupted, grid: Grid) -> Losses:
+        """Asks the network about corrupted clips and gives the loss of each."""
+        stream, made = corrupted.stream, corrupted.made
+        taps = tuple(tap for loss in self.extra.values() for tap in loss.taps)
+        outputs, tapped = network({"video": stream}, corrupted.captions, taps)
+
+        # Given tokens leave before anything is divided by their time, which may be 0: a masked infinity would still be a NaN.
+        time = torch.where(made, stream.level_per_token(), 0.5)
+        target, divisor = target_of(corrupted.clean, corrupted.noise, time, self.predict, self.min_time)
+        error = (outputs["video"] - target).square() * corrupted.real
+        per_token = error.sum(-1) / corrupted.real.sum(-1) / divisor**2
+        per_clip = torch.where(made, per_token, 0).sum(-1) / made.sum(-1)
+
+        extra = {name: loss(tapped, batch, corrupted, grid) for name, loss in self.extra.items()}
+        total = per_clip + sum((self.extra[name].weight * value for name, value in extra.items()), torch.zeros(()))
+        return Losses(total, per_clip.detach(), {k: v.detach() for k, v in extra.items()}, corrupted.time, corrupted.tasks)
+
+
+def video_stream(
+    values: Float[Tensor, "b n p"], given: Bool[Tensor, "b n"], grid: Grid, patch: Patch, fps: float, reference_rate: float
+) -> Stream:
+    """The stream of a batch of clips: given tokens have the first of two noise levels, tokens to be made the second (both 0 so far)."""
+    batch = values.shape[0]
+    place = repeat(token_places(grid, patch, fps, reference_rate), "n place -> b n place", b=batch).to(values.device)
+    partial = repeat(token_values(grid, patch)[:, 0] == 0, "n -> b n", b=batch).to(values.device)
+    return Stream(values, place, torch.zeros(batch, 2, device=values.device), (~given).long(), given, partial)

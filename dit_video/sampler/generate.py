@@ -1,0 +1,169 @@
+"""From requests to videos: noise from each request's own seed, a solver, guidance, and the frames that were given, kept as they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from dit_video.model.layers import seeded
+from dit_video.model.network import Network
+from dit_video.objective.objective import video_stream
+from dit_video.objective.path import Prediction, mix, shift_for, shifted, velocity_of
+from dit_video.objective.tasks import Task, given_tokens
+from dit_video.sampler.guidance import guided
+from dit_video.sampler.solvers import Solver, Velocity, multistep
+from dit_video.shapes import Grid, Patch, Stream, patchify, to_float, to_uint8, token_grid, token_values, unpatchify, valid_frames
+
+
+@dataclass
+class Request:
+    """One video to be made: what it shows, its size, and the seed that its noise comes from."""
+
+    prompt: str
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    negative_prompt: str = ""
+    task: str = "text_to_video"
+    given: np.ndarray | None = None  # uint8 T H W 3: the known frames, as the task wants them
+    attributes: dict[str, Any] = field(default_factory=dict)  # what the prompt states, for the world's checker
+
+    @property
+    def shape(self) -> tuple:
+        """What requests of one batch have in common."""
+        return self.num_frames, self.height, self.width, self.fps, self.task, 0 if self.given is None else len(self.given)
+
+
+@dataclass
+class Sampler:
+    """How videos are drawn from a network: solver, steps and guidance, and what the training says of its output."""
+
+    steps: int = 12
+    guidance: float = 2.0  # 1: none
+    interval: tuple[float, float] = (0.0, 1.0)  # of time, in which guidance acts
+    rescale: float = 0.0  # of guided velocities, see guidance.py
+    shift: float | None = None  # of the times toward noise; none: as in training
+    solver: Solver = multistep
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampling takes at least 1 step, got {self.steps}; set steps")
+        if self.batch_size < 1:
+            raise ValueError(f"a batch holds at least 1 clip, got {self.batch_size}; set sampler.batch_size")
+
+
+@dataclass
+class Trained:
+    """A network with what the objective fixed about it, so that training and sampling cannot disagree."""
+
+    network: Network
+    tasks: dict[str, Task]
+    predict: Prediction
+    base_tokens: int | None
+    given_noise: float
+
+    @property
+    def patch(self) -> Patch:
+        return self.network.transformer.patch
+
+
+def check_request(request: Request, trained: Trained) -> None:
+    """ValueError where a request cannot be met, before any work is done."""
+    if request.task not in trained.tasks:
+        raise ValueError(f"the model knows no task {request.task!r}, only {', '.join(trained.tasks)}; set task")
+    grid = _grid(request, trained.patch)
+    given = request.given
+    trained.tasks[request.task].places(0 if given is None else len(given), grid.t, trained.patch.t)
+    if given is not None and (given.dtype != np.uint8 or given.shape[1:] != (request.height, request.width, 3)):
+        wanted = (len(given), request.height, request.width, 3)
+        raise ValueError(f"given frames must be uint8 of shape {wanted}, got {given.dtype} of {given.shape}; set height and width to theirs")
+
+
+@torch.no_grad()
+def generate(trained: Trained, requests: Sequence[Request], sampler: Sampler) -> list[np.ndarray]:
+    """Makes a video `T H W 3` uint8 for every request, in order; requests of one shape run in batches together.
+
+    A clip does not depend on what shares its batch: its noise comes from its own seed.
+    """
+    for request in requests:
+        check_request(request, trained)
+    groups: dict[tuple, list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(request.shape, []).append(number)
+    videos: dict[int, np.ndarray] = {}
+    for numbers in groups.values():
+        for start in range(0, len(numbers), sampler.batch_size):
+            chosen = numbers[start : start + sampler.batch_size]
+            videos |= dict(zip(chosen, _generate(trained, [requests[i] for i in chosen], sampler), strict=True))
+    return [videos[number] for number in range(len(requests))]
+
+
+def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> list[np.ndarray]:
+    first, patch, device = requests[0], trained.patch, next(trained.network.parameters()).device
+    grid = _grid(first, patch)
+    noise = torch.stack([starting_noise(request.seed, grid, patch) for request in requests]).to(device)
+    x, given = _place_given(trained, requests, noise, grid)
+    stream = video_stream(noise, given, grid, patch, first.fps, trained.network.transformer.reference_rate)
+    if not given.any():  # one noise level for the whole clip, which the model broadcasts
+        stream.levels, stream.index = stream.levels[:, :1], torch.zeros_like(stream.index)
+
+    shift = shift_for(int((~given[0]).sum()), trained.base_tokens) if sampler.shift is None else sampler.shift
+    schedule = shifted(torch.linspace(1, 0, sampler.steps + 1, device=device), shift)
+    times = torch.where(given, 0.0, schedule[:, None, None])  # s b n
+
+    told = _velocity(trained, stream, [request.prompt for request in requests], grid)
+    untold = _velocity(trained, stream, [request.negative_prompt or None for request in requests], grid)
+    clean = sampler.solver(guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale), x, times)
+    videos = to_uint8(unpatchify(clean, grid, patch)).cpu().numpy()
+    return [video[: first.num_frames] for video in videos]
+
+
+def starting_noise(seed: int, grid: Grid, patch: Patch, channels: int = 3) -> Float[Tensor, "n p"]:
+    """The noise that a seed stands for, zero in the padding before the first frame."""
+    noise = torch.randn(grid.num_tokens, patch.t * patch.h * patch.w * channels, generator=seeded(seed, "sample"))
+    return noise * repeat(token_values(grid, patch), "n pt -> n (pt values)", values=noise.shape[-1] // patch.t)
+
+
+def _grid(request: Request, patch: Patch) -> Grid:
+    return token_grid(valid_frames(request.num_frames, patch.t), request.height, request.width, patch)
+
+
+def _place_given(trained: Trained, requests: list[Request], noise: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Puts the given frames' tokens among the noise; returns them with the mask of what is given."""
+    first, patch = requests[0], trained.patch
+    if first.given is None:
+        return noise, torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device)
+    places = trained.tasks[first.task].places(len(first.given), grid.t, patch.t)
+    frames = torch.from_numpy(np.stack([request.given for request in requests if request.given is not None])).to(noise.device)
+    mask = given_tokens(places, grid).to(noise.device)
+    x = noise.clone()
+    x[:, mask] = patchify(to_float(frames), patch)
+    return x, mask.expand(len(requests), -1)
+
+
+def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid) -> Velocity:
+    """The network as a velocity of tokens at their times, for these captions."""
+    real = repeat(token_values(grid, trained.patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // trained.patch.t)
+    real = real.to(stream.values.device)
+    context = trained.network.text(captions)  # the same at every step
+
+    def velocity(x: Float[Tensor, "b n p"], time: Float[Tensor, "b n"]) -> Float[Tensor, "b n p"]:
+        seen, level = x, time
+        if trained.given_noise and stream.given.any():  # given tokens are shown as they were in training, and kept as they are
+            level = time.where(~stream.given, trained.given_noise)
+            seen = torch.where(stream.given[..., None], mix(x, stream.values, level), x)
+        levels = torch.zeros_like(stream.levels).scatter(1, stream.index, level)  # tokens of one index share one level
+        asked = Stream(seen, stream.place, levels, stream.index, stream.given, stream.partial)
+        outputs, _ = trained.network.transformer({"video": asked}, context)
+        moving = time.where(~stream.given, 0.5)  # given tokens have steps of zero: any finite velocity will do
+        return velocity_of(outputs["video"], x, moving, trained.predict, min_time=1e-4) * real
+
+    return velocity

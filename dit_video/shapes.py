@@ -1,0 +1,158 @@
+"""The contract that every room speaks: a clip is token streams; a token has a place, a noise level, and is given or to be made.
+
+Letters: `b` batch, `T H W` frames, height and width of a video, `t h w` its token grid, `pt ph pw` the patch, `c` channels, `n` tokens,
+`p` values in a token (pt * ph * pw * c), `k` distinct noise levels of a clip, `l` context tokens, `d` width.
+Video is `b T H W c`, float in [-1, 1] (or uint8 in [0, 255] on its way there); tokens are `b n p`.
+
+The frame rule: a clip has 1 + k * pt frames, and its first frame fills a temporal patch alone, as in causal autoencoders. So an image is
+a video of one frame, and the first frame can be given exactly. In a token of the first frame the values before that frame are zeros.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+class Patch(NamedTuple):
+    """How many frames, rows and columns of a video one token covers."""
+
+    t: int
+    h: int
+    w: int
+
+
+class Grid(NamedTuple):
+    """How many tokens a clip has along time, height and width; tokens are ordered with width fastest."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.t * self.h * self.w
+
+
+def valid_frames(num_frames: int, pt: int) -> int:
+    """The smallest number of frames 1 + k * pt that is at least num_frames; a longer clip is made and trimmed to what was asked."""
+    if num_frames < 1:
+        raise ValueError(f"a clip needs at least 1 frame, got num_frames={num_frames}; set num_frames")
+    return 1 + -(-(num_frames - 1) // pt) * pt
+
+
+def token_grid(num_frames: int, height: int, width: int, patch: Patch) -> Grid:
+    """The token grid of a clip; ValueError where the patch does not divide it (see valid_frames for lengths)."""
+    if num_frames < 1 or (num_frames - 1) % patch.t:
+        raise ValueError(
+            f"a clip of {num_frames} frames does not fit the temporal patch {patch.t}: it needs 1 + k * {patch.t} frames, "
+            f"for example {valid_frames(max(num_frames, 1), patch.t)}; set num_frames or model.patch"
+        )
+    for name, size, part in (("height", height, patch.h), ("width", width, patch.w)):
+        if size < part or size % part:
+            raise ValueError(f"{name} {size} is not a positive multiple of the patch's {part}; set {name} or model.patch")
+    return Grid(1 + (num_frames - 1) // patch.t, height // patch.h, width // patch.w)
+
+
+def patchify(video: Float[Tensor, "b T H W c"], patch: Patch) -> Float[Tensor, "b n p"]:
+    """Cuts a video into tokens; `unpatchify` is its exact inverse."""
+    token_grid(video.shape[1], video.shape[2], video.shape[3], patch)
+    padded = torch.nn.functional.pad(video, (0, 0, 0, 0, 0, 0, patch.t - 1, 0))  # zeros before the first frame
+    return rearrange(
+        padded, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=patch.t, ph=patch.h, pw=patch.w
+    )
+
+
+def unpatchify(tokens: Float[Tensor, "b n p"], grid: Grid, patch: Patch) -> Float[Tensor, "b T H W c"]:
+    """Puts tokens back together into a video of 1 + (grid.t - 1) * pt frames."""
+    padded = rearrange(
+        tokens, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c",
+        t=grid.t, h=grid.h, w=grid.w, pt=patch.t, ph=patch.h, pw=patch.w,
+    )  # fmt: skip
+    return padded[:, patch.t - 1 :]
+
+
+def token_values(grid: Grid, patch: Patch) -> Float[Tensor, "n pt"]:
+    """1 where a token's temporal slot holds a real frame, 0 where it is padding (the slots before the first frame)."""
+    slots = torch.ones(grid.t, patch.t)
+    slots[0, : patch.t - 1] = 0
+    return slots.repeat_interleave(grid.h * grid.w, dim=0)
+
+
+def token_places(grid: Grid, patch: Patch, fps: float, reference_rate: float) -> Float[Tensor, "n 3"]:
+    """The place (time, y, x) of every token: the middle of its span in seconds times reference_rate, and centred token indices.
+
+    Neighbours in time differ by 1 where fps / pt equals reference_rate (in tokens a second), so frame rate, duration and aspect may
+    differ between clips and between training and sampling.
+    """
+    if fps <= 0 or reference_rate <= 0:
+        raise ValueError(f"fps and reference_rate must be positive, got {fps} and {reference_rate}; set fps or model.reference_rate")
+    starts = torch.arange(grid.t, dtype=torch.float64) * patch.t + 1 - patch.t
+    middle = starts + patch.t / 2
+    middle[0] = 0.5  # the first token spans one frame
+    time = middle / fps * reference_rate
+    y = torch.arange(grid.h, dtype=torch.float64) - (grid.h - 1) / 2
+    x = torch.arange(grid.w, dtype=torch.float64) - (grid.w - 1) / 2
+    place = torch.stack(torch.meshgrid(time, y, x, indexing="ij"), dim=-1)
+    return rearrange(place, "t h w place -> (t h w) place").float()
+
+
+@dataclass
+class Stream:
+    """The tokens of one modality on their way through the transformer."""
+
+    values: Float[Tensor, "b n p"]  # noisy where made, as given where given
+    place: Float[Tensor, "b n 3"]  # (time, y, x), see token_places
+    levels: Float[Tensor, "b k"]  # the distinct noise levels of each clip, 0 clean to 1 noise
+    index: Int[Tensor, "b n"]  # which of them each token has
+    given: Bool[Tensor, "b n"]  # known to the model; the others are to be made
+    partial: Bool[Tensor, "b n"]  # holds fewer frames than its patch (the first frame's tokens); its other values are zeros
+    control: Float[Tensor, "b n c"] | None = None  # values added to tokens at their place, such as a camera pose
+
+    def level_per_token(self) -> Float[Tensor, "b n"]:
+        """The noise level of each token, for the algebra outside the transformer."""
+        return self.levels.gather(1, self.index)
+
+
+@dataclass
+class Context:
+    """What the model is told in words: states of a text encoder, never modulated by the noise level."""
+
+    states: Float[Tensor, "b l d"]
+    lengths: Int[Tensor, " b"]  # states from here on are padding and are never looked at
+    pooled: Float[Tensor, "b d"] | None = None
+
+
+@dataclass
+class Batch:
+    """Captioned clips of one shape, as the data room hands them over."""
+
+    video: UInt8[Tensor, "b T H W 3"]
+    captions: list[str]
+    keys: list[str]  # shard and member, for messages
+    slots: Int[Tensor, " b"]  # the clip's number in the global stream: the seed of everything random about it
+    fps: float
+    weights: Float[Tensor, " b"] = field(default=None)  # type: ignore[assignment]  # 0 for a filler, 1 for a clip
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            self.weights = torch.ones(len(self.captions))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on a device."""
+        return Batch(
+            self.video.to(device, non_blocking=True), self.captions, self.keys, self.slots, self.fps, self.weights.to(device)
+        )
+
+
+def to_float(video: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Pixels of [0, 255] as float32 in [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+def to_uint8(video: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Pixels of [-1, 1] as uint8 in [0, 255], rounded and clipped; exact inverse of to_float on what to_float made."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

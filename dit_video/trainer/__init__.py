@@ -1,0 +1,1 @@
+"""Lightning and hardware: the module, optimisers, EMA, checkpoints and callbacks."""

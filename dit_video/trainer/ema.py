@@ -1,0 +1,22 @@
+"""An exponential moving average of a network's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Keeps a second network whose weights follow the first's; it is the one that is sampled and judged."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}; set trainer.ema_decay")
+        self.decay = decay
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Moves toward the network's weights; over the first steps by more, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)

@@ -1,0 +1,120 @@
+"""Muon for hidden matrices, AdamW for the rest, and a learning rate that is a function of the clips seen."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from dit_video.model.layers import Linear
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The nearest (semi-)orthogonal matrices `k rows columns`, approximately: singular values end between 0.7 and 1.2.
+
+    The quintic Newton-Schulz iteration with Keller Jordan's coefficients (Muon, 2024).
+    """
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every hidden matrix moves by the same amount in all its directions (Keller Jordan, 2024).
+
+    A fused weight, such as queries, keys and values in one, is cut into its matrices first. Matrices of one shape go through the
+    iteration together.
+    """
+
+    def __init__(self, parameters: list[tuple[nn.Parameter, int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        groups = defaultdict(list)
+        for parameter, matrices in parameters:
+            groups[matrices].append(parameter)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": members, "matrices": matrices} for matrices, members in groups.items()], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        waiting: dict[tuple, list[tuple[nn.Parameter, Tensor, dict]]] = defaultdict(list)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                ahead = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
+                parts = ahead.unflatten(0, (group["matrices"], -1))
+                waiting[tuple(parts.shape[1:])].append((parameter, parts, group))
+        for (rows, columns), members in waiting.items():
+            moves = orthogonalise(torch.cat([parts for _, parts, _ in members])) * max(1, rows / columns) ** 0.5
+            for (parameter, _, group), move in zip(members, moves.split([len(parts) for _, parts, _ in members]), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(move.flatten(0, 1), alpha=-group["lr"])
+
+
+def split_parameters(module: nn.Module) -> tuple[dict[str, int], list[str]]:
+    """Names of the hidden matrices with how many each fuses, which Muon takes, and of all other parameters, which AdamW takes."""
+    hidden = {
+        f"{name}.weight": layer.matrices
+        for name, layer in module.named_modules()
+        if isinstance(layer, Linear) and layer.matrices and layer.weight.requires_grad
+    }
+    return hidden, [name for name, p in module.named_parameters() if p.requires_grad and name not in hidden]
+
+
+def rate(clips: int, max_clips: int, warmup_clips: int, decay_clips: int) -> float:
+    """The factor on the learning rate after so many clips: a linear rise, a plateau, and a linear fall over the last decay_clips."""
+    rise = min(1.0, (clips + 1) / warmup_clips) if warmup_clips else 1.0
+    fall = min(1.0, max(0.0, (max_clips - clips) / decay_clips)) if decay_clips else 1.0
+    return rise * fall
+
+
+class Optimisers:
+    """How to build the optimisers: Muon for hidden matrices and AdamW for the rest, or AdamW for everything."""
+
+    def __init__(
+        self,
+        muon_lr: float | None = 0.02,  # of hidden matrices; none: AdamW takes them too
+        adamw_lr: float = 2e-3,  # of everything else
+        betas: tuple[float, float] = (0.9, 0.99),  # of AdamW
+        momentum: float = 0.95,  # of Muon
+        weight_decay: float = 0.0,
+        warmup_clips: int = 2_000,
+        decay_share: float = 1.0,  # of the run, over which the learning rate falls to zero
+        clip_norm: float | None = 1.0,  # bound of the gradient's norm
+    ) -> None:
+        if not 0 <= decay_share <= 1:
+            raise ValueError(f"decay_share must be in [0, 1], got {decay_share}; set optimisers.decay_share")
+        self.muon_lr, self.adamw_lr, self.betas, self.momentum = muon_lr, adamw_lr, tuple(betas), momentum
+        self.weight_decay, self.warmup_clips, self.decay_share, self.clip_norm = weight_decay, warmup_clips, decay_share, clip_norm
+
+    def build(self, module: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        """The optimisers of a module, by name."""
+        named = dict(module.named_parameters())
+        hidden, rest = split_parameters(module)
+        if self.muon_lr is None:
+            hidden, rest = {}, [*hidden, *rest]
+        built: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW([named[n] for n in rest], self.adamw_lr, self.betas, weight_decay=self.weight_decay)  # type: ignore[arg-type]
+        }
+        if hidden:
+            assert self.muon_lr is not None
+            built["muon"] = Muon([(named[n], parts) for n, parts in hidden.items()], self.muon_lr, self.momentum, self.weight_decay)
+        for optimiser in built.values():
+            for group in optimiser.param_groups:
+                group["peak_lr"] = group["lr"]
+        return built
+
+    def set_rate(self, optimisers: list[torch.optim.Optimizer], clips: int, max_clips: int) -> float:
+        """Sets every learning rate for the next step; gives the factor."""
+        factor = rate(clips, max_clips, self.warmup_clips, int(self.decay_share * max_clips))
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        return factor
