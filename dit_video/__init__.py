@@ -1,1 +1,19 @@
-"""dit_video: a research training framework for video diffusion transformers."""
+"""dit_video: a research training framework for video diffusion transformers.
+
+    run = dit_video.load("runs/demo")
+    video = run.sample("a small red circle moves left", seed=7)  # uint8 T H W 3
+    print(run.evaluate().metrics["adherence.held_out.all"])
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dit_video.runs import Run
+
+
+def load(run: "Path | str", device: str | None = None) -> "Run":
+    """Opens a trained run's folder for sampling and evaluation."""
+    from dit_video.runs import Run  # a second of imports that the command line's --help does not need
+
+    return Run(run, device=device)

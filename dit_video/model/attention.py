@@ -7,7 +7,7 @@ in a file of its own, and reads the tokens' places.
 
 import importlib
 import logging
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Attention(Protocol):
     """What the transformer calls: attention of n queries over m keys."""
 

@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
         self.weight = learned(*shape, mean=1.0)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return rms_norm(x) * self.weight.to(x.dtype)
+        return rms_norm(x).to(x.dtype) * self.weight.to(x.dtype)  # CUDA autocast norms in float32
 
 
 def rms_norm(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

@@ -6,6 +6,7 @@ Each stream owns its patch embedding, projections, norms, MLP and modulation, an
 of attention. What the values mean (clean, velocity or noise) is the objective's business.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -186,7 +187,7 @@ class VideoTransformer(nn.Module):
 
     def __init__(
         self,
-        patch: tuple[int, int, int],  # frames, rows and columns of a token
+        patch: Sequence[int],  # frames, rows and columns of a token
         width: int,  # of the video's hidden states
         depth: int,  # number of blocks
         heads: int,  # attention heads, shared by all streams
@@ -249,7 +250,7 @@ def _pick(stream: Stream) -> Tensor | None:
     return nn.functional.one_hot(stream.index, num_levels).to(stream.levels.dtype)
 
 
-def _check_sizes(width: int, depth: int, heads: int, head_dim: int | None, patch: tuple[int, int, int], text: str) -> None:
+def _check_sizes(width: int, depth: int, heads: int, head_dim: int | None, patch: Sequence[int], text: str) -> None:
     for name, value in {"width": width, "depth": depth, "heads": heads}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}; set model.{name}")

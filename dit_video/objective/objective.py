@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import repeat
@@ -46,6 +46,7 @@ class Losses:
     tasks: list[str]
 
 
+@runtime_checkable
 class ExtraLoss(Protocol):
     """A further loss on hidden states, such as representation alignment; a module whose parameters are trained along."""
 

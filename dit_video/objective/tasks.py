@@ -4,13 +4,14 @@ Choices are made in token frames: number 0 covers the first frame alone, every o
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from dit_video.shapes import Grid
 
 
+@runtime_checkable
 class Task(Protocol):
     """What the objective and the sampler need to know of a task."""
 

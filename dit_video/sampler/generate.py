@@ -47,7 +47,7 @@ class Sampler:
 
     steps: int = 12
     guidance: float = 2.0  # 1: none
-    interval: tuple[float, float] = (0.0, 1.0)  # of time, in which guidance acts
+    interval: Sequence[float] = (0.0, 1.0)  # of time, in which guidance acts
     rescale: float = 0.0  # of guided velocities, see guidance.py
     shift: float | None = None  # of the times toward noise; none: as in training
     solver: Solver = multistep

@@ -1,5 +1,7 @@
 """Classifier-free guidance as a function of two velocities: the one told the caption and the one told nothing, or a negative prompt."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,7 +10,7 @@ from dit_video.sampler.solvers import Velocity
 
 
 def guided(
-    told: Velocity, untold: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0
+    told: Velocity, untold: Velocity, scale: float, interval: Sequence[float] = (0.0, 1.0), rescale: float = 0.0
 ) -> Velocity:
     """The velocity untold + scale * (told - untold) (Ho and Salimans, 2022); a scale of 1 is `told` itself, at no cost.
 

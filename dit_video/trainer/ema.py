@@ -5,13 +5,18 @@ import copy
 import torch
 from torch import nn
 
+from dit_video.model.network import Network
 
-class EMA:
+
+class EMA(nn.Module):
     """Keeps a second network whose weights follow the first's; it is the one that is sampled and judged."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    network: Network
+
+    def __init__(self, network: Network, decay: float) -> None:
+        super().__init__()
         if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}; set trainer.ema_decay")
+            raise ValueError(f"decay must be in [0, 1), got {decay}; set ema_decay")
         self.decay = decay
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
 

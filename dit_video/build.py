@@ -1,0 +1,51 @@
+"""Objects from a composed config; what the programs share."""
+
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from dit_video.model.layers import initialise
+from dit_video.model.network import Network
+from dit_video.model.text import TextEncoder
+from dit_video.model.transformer import VideoTransformer
+from dit_video.objective.objective import Objective
+from dit_video.sampler.generate import Sampler, Trained
+
+
+def make(config: DictConfig, **arguments: Any) -> Any:
+    """The object that a config's `_target_` names; lists and mappings arrive as plain ones."""
+    return instantiate(config, **arguments, _convert_="all")
+
+
+def make_network(config: DictConfig, device: str = "meta") -> Network:
+    """The text encoder and transformer of a config: on the meta device nothing is allocated, and nothing is initialised."""
+    with torch.device(device):
+        text: TextEncoder = make(config.text)
+        transformer: VideoTransformer = make(config.model)
+    return Network(text, transformer)
+
+
+def make_objective(config: DictConfig) -> Objective:
+    """The objective of a config, its further losses initialised."""
+    objective: Objective = make(config.objective)
+    initialise(objective, config.seed)
+    return objective
+
+
+def make_sampler(config: DictConfig, **changes: Any) -> Sampler:
+    """The sampler of a config; changes that are None are left out."""
+    return make(config.sampler, **{key: value for key, value in changes.items() if value is not None})
+
+
+def make_trained(network: Network, objective: Objective) -> Trained:
+    """A network as sampling sees it."""
+    return Trained(network, objective.tasks, objective.predict, objective.base_tokens, objective.given_noise)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A config as dictionaries and lists, interpolations resolved; what has no value yet is an error."""
+    found = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}

@@ -1,0 +1,171 @@
+"""A clip of evenly timed frames out of the bytes of a video file, resized on the way.
+
+Frames are chosen by seconds, from the timestamps of the file, so sources of any frame rate (also a changing one) give the same
+motion. PyAV looks at the file first: it knows size, rotation and every timestamp, and refuses what is cut off or no video before
+decord sees it, which such files can crash.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import Interpolation, VideoReformatter
+from jaxtyping import Float, Int
+
+from dit_video.data.video_file import Video, centre_crop, cover_size
+
+Decoder = Literal["decord", "pyav"]
+
+MAX_SOURCE_PIXELS = 2**26
+"""Height times width of a source frame; more is taken for a broken header."""
+
+
+class DecodeError(ValueError):
+    """The bytes do not hold the clip that was asked for: no video, broken, or too short."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file says about itself: its frames in the order they are shown, `times[0]` being 0."""
+
+    height: int  # as shown, after rotation
+    width: int
+    rotation: int  # quarter turns counter-clockwise from the stored to the shown picture
+    seconds: float  # until the end of the last frame
+    times: Float[np.ndarray, " frames"]  # when each frame begins, in seconds
+    timestamps: Int[np.ndarray, " frames"]  # the same in units of the stream
+
+
+@cache
+def has_decord() -> bool:
+    """Whether decord is installed here; it has no wheel for ARM and newer macOS."""
+    return find_spec("decord") is not None
+
+
+def _open(data: bytes) -> InputContainer:
+    container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
+    if not container.streams.video or container.streams.video[0].codec_context is None:
+        container.close()
+        raise DecodeError("no video stream in it that can be decoded")
+    container.streams.video[0].codec_context.thread_count = 1  # parallelism is over clips
+    return container
+
+
+def _probe(container: InputContainer) -> VideoInfo:
+    stream = container.streams.video[0]
+    shown = []
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise DecodeError("it is cut off or damaged: a packet in it is not whole")
+        timestamp = packet.pts if packet.pts is not None else packet.dts
+        if packet.size and timestamp is not None and not packet.is_discard:
+            shown.append((timestamp, packet.duration or 0))
+    if not shown or stream.time_base is None:
+        raise DecodeError("no frame with a timestamp in it")
+    shown.sort()
+    timestamps = np.array([timestamp for timestamp, _ in shown], np.int64)
+    last = shown[-1][1] or (int(np.median(np.diff(timestamps))) if len(shown) > 1 else 0)
+    container.seek(int(timestamps[0]), stream=stream)
+    first = next(container.decode(stream), None)
+    if first is None:
+        raise DecodeError("not one frame of it decodes")
+    if first.height * first.width > MAX_SOURCE_PIXELS:
+        raise DecodeError(f"its frames of {first.height} x {first.width} are larger than {MAX_SOURCE_PIXELS} pixels")
+    turns = round(first.rotation / 90) % 4
+    height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
+    tick = float(stream.time_base)
+    elapsed = timestamps - timestamps[0]
+    return VideoInfo(height, width, turns, float(elapsed[-1] + last) * tick, elapsed * tick, timestamps)
+
+
+def probe(data: bytes) -> VideoInfo:
+    """Size, rotation and timestamps of a video file, from its packets and its first frame; DecodeError where it is none."""
+    try:
+        with _open(data) as container:
+            return _probe(container)
+    except (av.FFmpegError, OverflowError, MemoryError) as error:
+        raise DecodeError(f"not a video that can be read: {error}") from error
+
+
+def choose_frames(times: Float[np.ndarray, " frames"], targets: Float[np.ndarray, " chosen"]) -> Int[np.ndarray, " chosen"]:
+    """The frame that begins nearest to each target time; the earlier of two that are equally near."""
+    return np.searchsorted((times[1:] + times[:-1]) / 2, targets - 1e-6)
+
+
+def _fetch_pyav(
+    container: InputContainer, info: VideoInfo, indices: Int[np.ndarray, " frames"], height: int, width: int
+) -> Video:
+    stream = container.streams.video[0]
+    wanted = {int(info.timestamps[index]) for index in indices}
+    last, found, reformatter = max(wanted), {}, VideoReformatter()
+    if info.rotation % 2:
+        height, width = width, height
+    container.seek(min(wanted), stream=stream)
+    for frame in container.decode(stream):
+        timestamp = frame.pts if frame.pts is not None else frame.dts
+        if timestamp in wanted and not frame.is_corrupt:
+            small = reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
+            found[timestamp] = small.to_ndarray()
+        if timestamp is not None and timestamp >= last:
+            break
+    missing = wanted - found.keys()
+    if missing:
+        raise DecodeError(f"{len(missing)} of its frames do not decode, the first at timestamp {min(missing)}")
+    video = np.stack([found[int(info.timestamps[index])] for index in indices])
+    return np.rot90(video, info.rotation, axes=(1, 2))
+
+
+def _fetch_decord(data: bytes, info: VideoInfo, indices: Int[np.ndarray, " frames"], height: int, width: int) -> Video | None:
+    """None where decord gives up: on broken files, but also on sound ones at widths such as 16, 24 and 48."""
+    import decord  # type: ignore[import-untyped]
+
+    size = {} if (height, width) == (info.height, info.width) else {"height": height, "width": width}
+    try:
+        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1, **size)
+        return reader.get_batch(indices.tolist()).asnumpy() if len(reader) == len(info.times) else None
+    except (decord.DECORDError, RuntimeError):
+        return None
+
+
+def decode_clip(
+    data: bytes,
+    *,
+    num_frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    start_seconds: float | Callable[[float], float] = 0.0,
+    decoder: Decoder = "decord",
+) -> Video:
+    """`num_frames` frames at `fps` frames a second, from start_seconds on, each the source frame nearest in time.
+
+    Pixels are resized in the decoder to cover height x width with their aspect kept, and cut at the centre. start_seconds may be
+    a function that receives the latest possible start and returns the start. A source slower than fps repeats frames. The last
+    frame may stand for up to half a frame of time missing at the end. DecodeError where the bytes are no video, do not decode, or
+    are too short. Without resizing both decoders give the same pixels; PyAV also notices a damaged frame, where decord shows
+    what it can. Where decord is not installed, or gives up, PyAV takes its place.
+    """
+    try:
+        with _open(data) as container:
+            info = _probe(container)
+            slack = info.seconds - num_frames / fps
+            start = start_seconds(max(0.0, slack)) if callable(start_seconds) else start_seconds
+            if start > slack + 0.5 / fps + 1e-6 and num_frames > 1 or start > info.seconds:
+                raise DecodeError(
+                    f"too short: it lasts {info.seconds:.3f} s, and {num_frames} frames at {fps:g} fps from {start:.3f} s on "
+                    f"need {start + num_frames / fps:.3f} s"
+                )
+            indices = choose_frames(info.times, start + np.arange(num_frames) / fps)
+            size = cover_size(info.height, info.width, height, width)
+            video = _fetch_decord(data, info, indices, *size) if decoder == "decord" and has_decord() else None
+            if video is None:
+                video = _fetch_pyav(container, info, indices, *size)
+    except (av.FFmpegError, OverflowError, MemoryError) as error:
+        raise DecodeError(f"not a video that can be read: {error}") from error
+    return np.ascontiguousarray(centre_crop(video, height, width))

@@ -1,0 +1,1 @@
+"""Videos in; numbers with protocol, count and confidence out."""

@@ -1,0 +1,38 @@
+"""dit-video evaluate: every metric of an evaluation on a run, into its evaluation.json and report.html."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from dit_video.build import make
+from dit_video.eval.judge import Evaluation
+from dit_video.runs import Run
+from dit_video.sampler.generate import Sampler
+
+
+def main(config: DictConfig) -> None:
+    """Evaluates a run and prints what was found."""
+    run = Run(Path(config.run), trust=config.get("trust", ()))
+    result = run.evaluate(config.eval, chosen_sampler(run, config))
+    print_metrics(result)
+    Console().print(f"{run.folder}/evaluation.json and {run.folder}/report.html")
+
+
+def chosen_sampler(run: Run, config: DictConfig) -> Sampler:
+    """The run's own sampler, but for what the command line says (steps, guidance, sampler/solver)."""
+    changes: dict[str, Any] = {key: config[key] for key in ("steps", "guidance") if config[key] is not None}
+    if config.get("sampler", {}).get("solver"):
+        changes["solver"] = make(config.sampler.solver)
+    return replace(run.sampler, **changes)
+
+
+def print_metrics(result: Evaluation) -> None:
+    """A table of every metric with its interval and count."""
+    table = Table("metric", "value", "95% interval", "count")
+    for name, estimate in result.metrics.items():
+        table.add_row(name, f"{estimate.value:.4g}", f"{estimate.low:.4g} to {estimate.high:.4g}", str(estimate.count))
+    Console().print(table)

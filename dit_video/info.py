@@ -1,0 +1,92 @@
+"""`dit-video info`: parameters, FLOPs and memory of a model by part for a given clip, without building it in memory."""
+
+import math
+from collections.abc import Mapping
+
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dit_video.build import make_network
+from dit_video.model.cost import TRAINING, flops_by_part, parameters_by_part
+from dit_video.model.network import Network
+from dit_video.shapes import Patch, token_grid, valid_frames
+from dit_video.trainer.optim import split_parameters
+
+LATENT_COMPRESSION = (4, 8, 8)
+"""Frames, rows and columns of pixels in one latent of most video autoencoders."""
+
+
+def main(config: DictConfig) -> None:
+    """Prints the tables; ValueError where the clip does not fit the model."""
+    for name in ("batch_size", "caption_words"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}; set {name}")
+    if config.caption_words > config.text.get("max_words", math.inf):
+        limit = config.text.max_words
+        raise ValueError(f"caption_words {config.caption_words} is more than text.max_words {limit}; set text.max_words")
+    network = make_network(config)
+
+    # One token covers a patch of latents, and a latent covers several pixels; the frame rule holds for the product of both.
+    transformer = network.transformer
+    compression = config.compression or ((1, 1, 1) if transformer.channels == 3 else LATENT_COMPRESSION)
+    patch = Patch(*(size * pixels for size, pixels in zip(transformer.patch, compression, strict=True)))
+    num_frames = valid_frames(config.num_frames, patch.t)
+    grid = token_grid(num_frames, config.height, config.width, patch)
+
+    console = Console(highlight=False)
+    seconds = (num_frames - 1) / config.fps
+    console.print(f"clip           {num_frames} frames of {config.height}x{config.width}, {seconds:.3g} s at {config.fps:g} fps")
+    console.print(f"tokens         {grid.num_tokens:,} ({' x '.join(map(str, grid))}), each {'x'.join(map(str, patch))} pixels")
+    console.print(f"caption        {config.caption_words} words")
+    console.print(f"training step  {config.batch_size} clips, forward and backward\n")
+    console.print(_costs(parameters_by_part(network), flops_by_part(network, grid, 1, config.caption_words), config.batch_size))
+    console.print(_memory(network))
+
+
+def _costs(parameters: Mapping[str, int], flops: Mapping[str, int], batch_size: int) -> Table:
+    title = "Parameters and FLOPs (a multiply-add counts as 2)"
+    table = _table(title, "part", "parameters", "", "forward", "", "training step")
+    all_parameters, all_flops = sum(parameters.values()), sum(flops.values())
+    for part in sorted({*parameters, *flops}, key=lambda part: -flops.get(part, 0)):
+        count, cost = parameters.get(part, 0), flops.get(part, 0)
+        share, step = cost / all_flops, _with_unit(cost * TRAINING * batch_size)
+        table.add_row(part, f"{count:,}", f"{count / all_parameters:.1%}", _with_unit(cost), f"{share:.1%}", step)
+    table.add_section()
+    step = _with_unit(all_flops * TRAINING * batch_size)
+    table.add_row("all", f"{all_parameters:,}", "", _with_unit(all_flops), "", step)
+    return table
+
+
+def _memory(network: Network) -> Table:
+    hidden, rest = split_parameters(network)
+    counts = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    num_hidden, num_rest = (sum(counts[name] for name in names) for names in (hidden, rest))
+    num_all = sum(counts.values())
+    rows = {  # bytes each, and how many; all in float32
+        "weights": (4, num_all),
+        "gradients": (4, num_hidden + num_rest),
+        "moving average": (4, num_all),
+        "Muon's momentum": (4, num_hidden),
+        "AdamW's two moments": (8, num_rest),
+    }
+    table = _table("Memory in training, without activations", "what", "size", "parameters")
+    for name, (bytes_each, count) in rows.items():
+        table.add_row(name, _with_unit(bytes_each * count, "B"), f"{count:,}")
+    table.add_section()
+    table.add_row("all", _with_unit(sum(bytes_each * count for bytes_each, count in rows.values()), "B"))
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, no_wrap=True, justify="right")
+    return table
+
+
+def _with_unit(amount: float, unit: str = "") -> str:
+    step = min(int(math.log10(max(amount, 1)) / 3), 5)
+    return f"{amount / 1000**step:.3g} {'KMGTP'[step - 1 : step]}{unit}".rstrip()

@@ -1,0 +1,124 @@
+"""A run's folder, and what is done with a trained one: load, sample, evaluate.
+
+    runs/<name>/config.yaml        the resolved config
+                metrics.jsonl      every number recorded in training
+                checkpoints/       verified, the newest last
+                samples/           made while training
+                evaluation/        clips of the latest evaluation, with index.jsonl
+                evaluation.json    every metric with value, interval and count
+                summary.json       what training took
+                report.html        all of it on one page
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dit_video.build import make, make_network, make_objective, make_sampler, make_trained
+from dit_video.compose import check_targets, compose, take_apart
+from dit_video.data.video_file import write_mp4
+from dit_video.eval.judge import Clip, Evaluation, evaluate, gallery
+from dit_video.eval.report import write_report
+from dit_video.sampler.generate import Request, Sampler, Trained, generate
+from dit_video.trainer import checkpoint
+from dit_video.trainer.checkpoint import CheckpointError
+
+GALLERY_CLIPS, GALLERY_WRONG = 8, 3  # shown of every suite, and how many of them may be replaced by failures
+
+
+class Run:
+    """A run's folder, opened for sampling; the network is loaded from its newest verified checkpoint."""
+
+    def __init__(self, folder: Path | str, trust: Sequence[str] = (), device: str | None = None) -> None:
+        self.folder = Path(folder)
+        self.config = read_config(self.folder, trust)
+        path = checkpoint.newest(self.folder / "checkpoints")
+        if path is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint yet; train it first, or set run to another folder")
+        network = make_network(self.config, device="cpu")
+        checkpoint.load_weights(network, checkpoint.load(path, ["ema"]).tensors["ema"], path)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
+        self.sampler = make_sampler(self.config)
+
+    def request(self, prompt: str, seed: int = 0, **changes: Any) -> Request:
+        """A request for a clip of the size that was trained on, but for the changes (num_frames, height, width, fps, task, given...)."""
+        data = self.config.data
+        size = {"num_frames": data.num_frames, "height": data.height, "width": data.width, "fps": data.fps}
+        return Request(prompt, seed, **(size | {key: value for key, value in changes.items() if value is not None}))
+
+    def generate(self, requests: Sequence[Request], sampler: Sampler | None = None) -> list[np.ndarray]:
+        """A video `T H W 3` uint8 for every request."""
+        return generate(self.trained, requests, sampler or self.sampler)
+
+    def sample(self, prompt: str, seed: int = 0, sampler: Sampler | None = None, **changes: Any) -> np.ndarray:
+        """One video `T H W 3` uint8 of a prompt; see `request` for what can be changed."""
+        return self.generate([self.request(prompt, seed, **changes)], sampler)[0]
+
+    def evaluate(self, protocol: DictConfig | str = "world", sampler: Sampler | None = None) -> Evaluation:
+        """Every metric of an evaluation (a config of conf/eval, or its name), written to the run's folder with the clips and the report."""
+        if isinstance(protocol, str):
+            protocol = compose("evaluate", take_apart([f"eval={protocol}", f"run={self.folder}"])).eval
+        suites = {str(name): make(suite) for name, suite in protocol.suites.items()}
+        metrics = {str(name): make(metric) for name, metric in protocol.metrics.items()}
+        chosen = sampler or self.sampler
+        result = evaluate(suites, metrics, lambda requests: self.generate(requests, chosen), int(protocol.batch_size))
+        result.protocol["sampler"] = describe(chosen)
+        write_clips(self.folder / "evaluation", gallery(result.clips, GALLERY_CLIPS, GALLERY_WRONG), chosen)
+        result.write(self.folder / "evaluation.json")
+        write_report(self.folder)
+        return result
+
+
+def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:
+    """The config of a run, as data: ValueError where it names anything outside dit_video and the trusted packages."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run: it has no config.yaml; set run to a folder such as runs/demo")
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} is not a config; set run to another folder")
+    check_targets(config, ("dit_video", *trust))
+    return config
+
+
+def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
+    """Writes an mp4 a clip and index.jsonl (file, prompt, seed, size, frames, steps, guidance, verdict) in place of an earlier set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.mp4"):
+        old.unlink()
+    lines = []
+    for number, clip in enumerate(clips):
+        name, request = f"{number:04d}.mp4", clip.request
+        write_mp4(folder / name, clip.video, request.fps)
+        line = {
+            "file": name, "suite": clip.suite, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+            "seed": request.seed, "task": request.task, "frames": request.num_frames, "height": request.height,
+            "width": request.width, "fps": request.fps, "steps": sampler.steps, "guidance": sampler.guidance,
+        }  # fmt: skip
+        if clip.judgement is not None:
+            line["verdict"] = {"right": clip.judgement.right, "reason": clip.judgement.reason}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    (folder / "index.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def describe(sampler: Sampler) -> str:
+    """The sampler in words, for a protocol."""
+    solver = getattr(sampler.solver, "func", sampler.solver)
+    return (
+        f"{getattr(solver, '__name__', solver)} solver, {sampler.steps} steps, guidance {sampler.guidance:g} in time "
+        f"{sampler.interval[0]:g} to {sampler.interval[1]:g}, rescale {sampler.rescale:g}, averaged weights"
+    )
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes JSON so that an earlier file stays whole until the new one is."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)

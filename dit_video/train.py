@@ -1,0 +1,222 @@
+"""dit-video train: one run, from its config to its folder (see dit_video/runs.py for what lies in it)."""
+
+import itertools
+import logging
+import shutil
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from dit_video.build import make, make_network, make_objective, make_sampler, make_trained, plain
+from dit_video.data.loader import ClipLoader
+from dit_video.eval.judge import evaluate
+from dit_video.eval.report import write_report
+from dit_video.model.cost import flops_by_part
+from dit_video.model.layers import initialise
+from dit_video.runs import write_json
+from dit_video.sampler.generate import Request, check_request, generate
+from dit_video.shapes import Batch, token_grid
+from dit_video.trainer import checkpoint
+from dit_video.trainer.callbacks.evaluation import Evaluating, ValidationLoss
+from dit_video.trainer.callbacks.losses import LossRecord
+from dit_video.trainer.callbacks.monitor import Monitor
+from dit_video.trainer.callbacks.progress import ProgressBar
+from dit_video.trainer.callbacks.sampling import Sampling
+from dit_video.trainer.callbacks.saving import Saving
+from dit_video.trainer.callbacks.throughput import Throughput
+from dit_video.trainer.fit import Hardware, fit, timed
+from dit_video.trainer.module import VideoDiffusion
+from dit_video.trainer.optim import Optimisers
+from dit_video.trainer.record import JsonlRecord
+
+log = logging.getLogger(__name__)
+
+
+def main(config: DictConfig) -> None:
+    """Trains the run that a config describes, or what is left of it."""
+    with timed() as spent:
+        folder = Path(config.runs) / config.name
+        check(config)
+        resume = open_run(folder, config)
+        meta = checkpoint.load(resume, names=["ema"]).meta if resume else {"steps": 0, "clips": 0}
+        loader: ClipLoader = make(config.data, skipped_path=str(folder / "skipped.jsonl"))
+        module = make_module(config, resume)
+        num_steps = max(-(-(config.max_clips - meta["clips"]) // config.data.batch_size), 0)
+        if not num_steps:
+            log.info("%s is already trained on %d clips; raise max_clips, or choose another name", folder, meta["clips"])
+            return
+        callbacks = make_callbacks(config, folder, module, resume)
+        loggers: list[Logger] = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
+        loggers += [make(config.logger, folder=folder)] if config.logger else []
+        for logger in loggers:
+            logger.log_hyperparams(plain(config))
+        hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
+        log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(module), config.max_clips, loader.num_clips)
+        fit(module, itertools.islice(loader.batches(meta["steps"]), num_steps), callbacks, loggers, hardware, **options)
+        for logger in loggers:
+            logger.finalize("success")
+    write_json(folder / "summary.json", summary(config, folder, module, spent.wall_seconds, spent.core_seconds))
+    log.info("%s: %d clips in %.0f s (%.0f core-seconds)", folder, module.clips, spent.wall_seconds, spent.core_seconds)
+    write_report(folder)
+
+
+def check(config: DictConfig) -> None:
+    """ValueError where sizes cannot work together, before anything is allocated."""
+    for key in ("max_clips", "accumulate"):
+        if config[key] < 1:
+            raise ValueError(f"{key} must be at least 1, got {config[key]}; set {key}")
+    network, data = make_network(config), config.data
+    token_grid(data.num_frames, data.height, data.width, network.transformer.patch)
+    make_sampler(config)
+    make(config.optimisers)
+    if config.accumulate > data.batch_size:
+        raise ValueError(f"a batch of {data.batch_size} clips has no {config.accumulate} parts; set accumulate or data.batch_size")
+
+
+def open_run(folder: Path, config: DictConfig) -> Path | None:
+    """Makes the run's folder, or finds where it stopped; ValueError where it was another run."""
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise ValueError(f"a run's name is one folder's, got {config.name!r}; set name, and runs for where it lies")
+    stored, resume = folder / "config.yaml", checkpoint.newest(folder / "checkpoints")
+    text = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    if resume and stored.is_file():
+        changed = differences(plain(OmegaConf.load(stored)), plain(config))  # type: ignore[arg-type]
+        if changed:
+            raise ValueError(
+                f"{folder} was trained with another config ({'; '.join(changed[:5])}); choose another name, or init_from={folder}"
+            )
+        log.info("going on from %s", resume)
+    elif folder.is_dir():
+        for leftover in ("metrics.jsonl", "skipped.jsonl"):  # of a run that never came to its first checkpoint
+            (folder / leftover).unlink(missing_ok=True)
+        shutil.rmtree(folder / "samples", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored.write_text(text)
+    return resume
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """The keys in which two configs differ, but for those that do not change what is trained."""
+    if key in ("trust", "logger", "runs", "max_clips"):
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [*before, *(name for name in now if name not in before)]
+        return [d for name in names for d in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))]
+    return [] if before == now else [f"{key}: {before} then, {now} now"]
+
+
+def make_module(config: DictConfig, resume: Path | None) -> VideoDiffusion:
+    """The module with its weights: initialised from the seed, or taken over from another run."""
+    network = make_network(config)
+    initialise(network, config.seed)
+    if config.init_from and not resume:
+        take_over(network, Path(config.init_from))
+    optimisers: Optimisers = make(config.optimisers)
+    return VideoDiffusion(network, make_objective(config), optimisers, config.max_clips, config.accumulate, config.ema_decay)
+
+
+def take_over(network: torch.nn.Module, run: Path) -> None:
+    """Starts from another run's averaged weights, and says of every key whether it was kept, is new or was dropped."""
+    path = checkpoint.newest(run / "checkpoints")
+    if path is None:
+        raise checkpoint.CheckpointError(f"{run} holds no checkpoint to start from; set init_from to another run's folder")
+    found = checkpoint.warm_start(network, checkpoint.load(path, ["ema"]).tensors["ema"])
+    if not found["kept"]:
+        raise checkpoint.CheckpointError(f"{path} has no tensor of this model's names and shapes; set init_from, model or text")
+    log.info("started from %s: %s", path, ", ".join(f"{len(names)} {kind}" for kind, names in found.items()))
+    for kind, names in found.items():
+        for name in names:
+            log.info("  %s %s", kind, name)
+
+
+def make_callbacks(config: DictConfig, folder: Path, module: VideoDiffusion, resume: Path | None) -> list[L.Callback]:
+    """Everything that happens beside training."""
+    every, sampler = config.every, make_sampler(config)
+
+    def draw(module: VideoDiffusion, requests: Sequence[Request]) -> list[Any]:
+        return generate(make_trained(module.ema.network, module.objective), requests, sampler)
+
+    def judge(module: VideoDiffusion) -> Any:
+        suites, metrics = ({str(k): make(v) for k, v in config.eval[part].items()} for part in ("suites", "metrics"))
+        return evaluate(suites, metrics, lambda requests: draw(module, requests), config.eval.batch_size).metrics
+
+    def held_out() -> list[Batch]:
+        size = min(config.data.batch_size, config.validation.clips)
+        loader: ClipLoader = make(config.data, shards=config.validation.shards, num_workers=0, batch_size=size)
+        return list(itertools.islice(loader.batches(), max(config.validation.clips // size, 1)))
+
+    def flops_per_clip(module: VideoDiffusion, batch: Batch) -> float:
+        grid = token_grid(*batch.video.shape[1:4], module.network.transformer.patch)
+        words = sum(len(caption.split()) for caption in batch.captions) // len(batch.captions)
+        return 3 * sum(flops_by_part(module.network, grid, 1, words).values())
+
+    data = config.data
+    requests = [
+        Request(prompt, config.seed + number, data.num_frames, data.height, data.width, data.fps)
+        for number, prompt in enumerate(config.sample_prompts)
+    ]
+    for request in requests:
+        check_request(request, make_trained(module.network, module.objective))
+    callbacks: list[L.Callback] = [
+        Throughput(every.record, flops_per_clip),
+        LossRecord(every.record),
+        Monitor(every.monitor),
+        ProgressBar(),
+        Sampling(every.sample, folder / "samples", requests, draw),
+    ]
+    if every.evaluate and config.eval:
+        callbacks.append(Evaluating(every.evaluate, judge))
+    if every.validate and config.validation.shards:
+        callbacks.append(ValidationLoss(every.validate, held_out))
+    return [*callbacks, Saving(every.save, folder / "checkpoints", config.keep_checkpoints, resume)]
+
+
+def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """What else Lightning's trainer is told: a profiler, where one is asked for."""
+    if not config.profile:
+        return {}
+    from dit_video.trainer.profile import step_profiler
+
+    return {"profiler": step_profiler(folder)}
+
+
+def num_parameters(module: VideoDiffusion) -> int:
+    return sum(p.numel() for p in [*module.network.parameters(), *module.objective.parameters()])
+
+
+def summary(config: DictConfig, folder: Path, module: VideoDiffusion, wall_seconds: float, core_seconds: float) -> dict[str, Any]:
+    """What training took; times of earlier parts of a resumed run are added."""
+    device = module.device.type
+    return {
+        "name": config.name,
+        "training_wall_seconds": round(wall_seconds, 1),
+        "training_core_seconds": round(core_seconds, 1),
+        "clips": module.clips,
+        "steps": module.steps,
+        "parameters": num_parameters(module),
+        "seed": config.seed,
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "torch": str(torch.__version__),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """The code's commit, with a plus where it was changed since; unknown outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,60 @@
+"""Checkpoints of a training, and going on from one."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from dit_video.trainer import checkpoint
+from dit_video.trainer.callbacks.every import EveryClips
+from dit_video.trainer.checkpoint import Checkpoint, CheckpointError
+from dit_video.trainer.module import VideoDiffusion
+
+
+class Saving(EveryClips):
+    """Saves every so many clips and at the end of training; goes on from a checkpoint where one is given."""
+
+    def __init__(self, every_clips: int, folder: Path, keep: int = 2, resume: Path | None = None) -> None:
+        super().__init__(every_clips)
+        self.folder, self.keep, self.resume = folder, keep, resume
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
+        if self.resume is not None:  # only now are the weights on their device, where the optimisers' state must be too
+            restore(pl_module, self.resume)
+
+    def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
+        if trainer.is_global_zero:
+            checkpoint.save(self.folder, capture(module), self.keep)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
+        self.act(trainer, pl_module)
+
+
+def capture(module: VideoDiffusion) -> Checkpoint:
+    """All that the next step depends on."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    tensors = {"network": dict(module.network.state_dict()), "ema": dict(module.ema.network.state_dict())}
+    if len(module.objective.state_dict()):
+        tensors["objective"] = dict(module.objective.state_dict())
+    for name, optimiser in module.named_optimisers.items():
+        tensors[f"optimiser-{name}"] = checkpoint.optimiser_state(optimiser, names)
+    return Checkpoint(tensors, {"steps": module.steps, "clips": module.clips})
+
+
+def restore(module: VideoDiffusion, path: Path) -> None:
+    """Undoes capture; CheckpointError where the checkpoint is of another model."""
+    saved = checkpoint.load(path)
+    parts: dict[str, Any] = {"network": module.network, "ema": module.ema.network}
+    if len(module.objective.state_dict()):
+        parts["objective"] = module.objective
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    missing = [name for name in (*parts, *(f"optimiser-{name}" for name in module.named_optimisers)) if name not in saved.tensors]
+    if missing:
+        raise CheckpointError(f"{path} has no {missing[0]}; it was saved by another kind of run; set name")
+    for name, part in parts.items():
+        checkpoint.load_weights(part, saved.tensors[name], path)
+    with torch.no_grad():
+        for name, optimiser in module.named_optimisers.items():
+            checkpoint.restore_optimiser(optimiser, names, saved.tensors[f"optimiser-{name}"])
+    module.steps, module.clips = int(saved.meta["steps"]), int(saved.meta["clips"])

@@ -1,0 +1,89 @@
+"""One training step, as Lightning calls it: losses of a batch, gradients, clipping, optimisers, moving average."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields, replace
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from dit_video.model.network import Network
+from dit_video.objective.objective import Losses, Objective
+from dit_video.shapes import Batch
+from dit_video.trainer.ema import EMA
+from dit_video.trainer.optim import Optimisers
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient stopped being a number; the weights are those of the step before."""
+
+
+class VideoDiffusion(L.LightningModule):
+    """Trains a network on an objective. Optimisation is manual, because Muon and AdamW step together."""
+
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        optimisers: Optimisers,
+        max_clips: int,  # the run's length: the learning rate falls to zero by then
+        accumulate: int = 1,  # parts that a batch is cut into, to save memory; the result is the same
+        ema_decay: float = 0.998,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network, self.objective, self.recipe = network, objective, optimisers
+        self.max_clips, self.accumulate = max_clips, accumulate
+        self.ema = EMA(network, ema_decay)
+        self.named_optimisers = optimisers.build(torch.nn.ModuleDict({"network": network, "objective": objective}))
+        self.steps, self.clips = 0, 0  # done so far
+        self.losses: list[tuple[Losses, Tensor]] = []  # of the latest step's parts, with their clips' weights
+        self.gradient_norm = torch.zeros(())
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return list(self.named_optimisers.values())
+
+    def training_step(self, batch: Batch, number: int) -> Tensor:
+        optimisers = list(self.named_optimisers.values())
+        self.recipe.set_rate(optimisers, self.clips, self.max_clips)
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+
+        # Gradients: every clip counts by its share of the whole step's weight, however the step is cut into parts.
+        transformer, total = self.network.transformer, batch.weights.sum().clamp(min=1e-8)
+        self.losses = []
+        for part in split(batch, self.accumulate):
+            losses = self.objective(self.network, part, transformer.patch, transformer.reference_rate)
+            self.manual_backward((losses.per_clip * part.weights).sum() / total)
+            self.losses.append((losses, part.weights))
+        parameters = [p for p in [*self.network.parameters(), *self.objective.parameters()] if p.grad is not None]
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or math.inf)
+        loss = torch.stack([(losses.per_clip.detach() * weights).sum() for losses, weights in self.losses]).sum() / total
+        self._stop_if_not_finite(loss, batch)
+
+        # Update: weights, their average, and the count of what was done.
+        for optimiser in optimisers:
+            optimiser.step()
+        self.ema.update(self.network, self.steps)
+        self.steps, self.clips = self.steps + 1, self.clips + len(batch.captions)
+        return loss
+
+    def _stop_if_not_finite(self, loss: Tensor, batch: Batch) -> None:
+        if torch.isfinite(loss) and torch.isfinite(self.gradient_norm):
+            return
+        quantity = "gradient" if torch.isfinite(loss) else "loss"
+        per_clip = torch.cat([losses.per_clip.detach() for losses, _ in self.losses])
+        keys = [key for key, value in zip(batch.keys, per_clip.tolist(), strict=True) if not math.isfinite(value)] or batch.keys
+        raise NonFiniteError(
+            f"the {quantity} of step {self.steps} is not finite; clips: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}; "
+            "the weights were not changed; lower optimisers.muon_lr or optimisers.adamw_lr, or look at the clips"
+        )
+
+
+def split(batch: Batch, parts: int) -> Iterable[Batch]:
+    """The batch cut into so many parts along its clips."""
+    size = -(-len(batch.captions) // parts)
+    for start in range(0, len(batch.captions), size):
+        cut = slice(start, start + size)
+        yield replace(batch, **{f.name: getattr(batch, f.name)[cut] for f in fields(batch) if f.name != "fps"})
