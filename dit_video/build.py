@@ -44,6 +44,14 @@ def make_trained(network: Network, objective: Objective) -> Trained:
     return Trained(network, objective.tasks, objective.predict, objective.base_tokens, objective.given_noise)
 
 
+def check_whole(config: DictConfig, least: int, *keys: str) -> None:
+    """ValueError where a key (dotted for one inside) holds something else than a whole number of at least `least`; null is let be."""
+    for key in keys:
+        value = OmegaConf.select(config, key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}; set {key}")
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """A config as dictionaries and lists, interpolations resolved; what has no value yet is an error."""
     found = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

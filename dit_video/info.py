@@ -20,12 +20,7 @@ LATENT_COMPRESSION = (4, 8, 8)
 
 def main(config: DictConfig) -> None:
     """Prints the tables; ValueError where the clip does not fit the model."""
-    for name in ("batch_size", "caption_words"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}; set {name}")
-    if config.caption_words > config.text.get("max_words", math.inf):
-        limit = config.text.max_words
-        raise ValueError(f"caption_words {config.caption_words} is more than text.max_words {limit}; set text.max_words")
+    _check(config)
     network = make_network(config)
 
     # One token covers a patch of latents, and a latent covers several pixels; the frame rule holds for the product of both.
@@ -43,6 +38,18 @@ def main(config: DictConfig) -> None:
     console.print(f"training step  {config.batch_size} clips, forward and backward\n")
     console.print(_costs(parameters_by_part(network), flops_by_part(network, grid, 1, config.caption_words), config.batch_size))
     console.print(_memory(network))
+
+
+def _check(config: DictConfig) -> None:
+    for name in ("batch_size", "caption_words", "fps"):
+        if not config[name] > 0:
+            raise ValueError(f"{name} must be more than 0, got {config[name]}; set {name}")
+    if config.caption_words > (limit := config.text.get("max_words", math.inf)):
+        raise ValueError(f"caption_words {config.caption_words} is more than text.max_words {limit}; set text.max_words")
+    if config.compression and (len(config.compression) != 3 or min(config.compression) < 1):
+        raise ValueError(
+            f"compression is three sizes of at least 1 (frames, rows, columns), got {config.compression}; set compression"
+        )
 
 
 def _costs(parameters: Mapping[str, int], flops: Mapping[str, int], batch_size: int) -> Table:

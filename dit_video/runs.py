@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from dit_video.build import make, make_network, make_objective, make_sampler, make_trained
 from dit_video.compose import check_targets, compose, take_apart
@@ -81,22 +82,34 @@ def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml; set run to a folder such as runs/demo")
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{path} is not a config; set run to another folder")
+    config = read_yaml(path)
     check_targets(config, ("dit_video", *trust))
     return config
 
 
+def read_yaml(path: Path) -> DictConfig:
+    """A config from its file; ValueError where it is none."""
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a config: {error}; set run or name to another folder") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} is not a config; set run or name to another folder")
+    return config
+
+
 def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
-    """Writes an mp4 a clip and index.jsonl (file, prompt, seed, size, frames, steps, guidance, verdict) in place of an earlier set."""
+    """Writes an mp4 a clip and index.jsonl (file, prompt, seed, size, frames, steps, guidance, verdict) in place of an earlier set.
+
+    ValueError where the folder holds videos that no index.jsonl lists: they are someone's.
+    """
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.mp4"):
+    for old in folder.glob("[0-9][0-9][0-9][0-9].mp4"):
         old.unlink()
     lines = []
     for number, clip in enumerate(clips):
         name, request = f"{number:04d}.mp4", clip.request
-        write_mp4(folder / name, clip.video, request.fps)
         line = {
             "file": name, "suite": clip.suite, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
             "seed": request.seed, "task": request.task, "frames": request.num_frames, "height": request.height,
@@ -104,8 +117,18 @@ def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
         }  # fmt: skip
         if clip.judgement is not None:
             line["verdict"] = {"right": clip.judgement.right, "reason": clip.judgement.reason}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    (folder / "index.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        lines.append(json.dumps(line))
+    write_text(folder / "index.jsonl", "".join(line + "\n" for line in lines))  # first: what is cut off can be made again
+    for number, clip in enumerate(clips):
+        write_mp4(folder / f"{number:04d}.mp4", clip.video, clip.request.fps)
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where write_clips would mix its videos with others."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; set out to a folder")
+    if any(folder.glob("*.mp4")) and not (folder / "index.jsonl").is_file():
+        raise ValueError(f"{folder} holds videos that are not listed in an index.jsonl; set out to another folder")
 
 
 def describe(sampler: Sampler) -> str:
@@ -117,8 +140,13 @@ def describe(sampler: Sampler) -> str:
     )
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes JSON so that an earlier file stays whole until the new one is."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that an earlier one stays whole until the new one is."""
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes JSON as write_text does."""
+    write_text(path, json.dumps(data, indent=2) + "\n")

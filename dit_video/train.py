@@ -14,13 +14,14 @@ import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from dit_video.build import make, make_network, make_objective, make_sampler, make_trained, plain
+from dit_video.build import check_whole, make, make_network, make_objective, make_sampler, make_trained, plain
 from dit_video.data.loader import ClipLoader
+from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
 from dit_video.eval.report import write_report
 from dit_video.model.cost import flops_by_part
 from dit_video.model.layers import initialise
-from dit_video.runs import write_json
+from dit_video.runs import read_yaml, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch, token_grid
 from dit_video.trainer import checkpoint
@@ -31,7 +32,7 @@ from dit_video.trainer.callbacks.progress import ProgressBar
 from dit_video.trainer.callbacks.sampling import Sampling
 from dit_video.trainer.callbacks.saving import Saving
 from dit_video.trainer.callbacks.throughput import Throughput
-from dit_video.trainer.fit import Hardware, fit, timed
+from dit_video.trainer.fit import Hardware, Spent, fit
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.optim import Optimisers
 from dit_video.trainer.record import JsonlRecord
@@ -41,37 +42,40 @@ log = logging.getLogger(__name__)
 
 def main(config: DictConfig) -> None:
     """Trains the run that a config describes, or what is left of it."""
-    with timed() as spent:
-        folder = Path(config.runs) / config.name
-        check(config)
-        resume = open_run(folder, config)
-        meta = checkpoint.load(resume, names=["ema"]).meta if resume else {"steps": 0, "clips": 0}
-        loader: ClipLoader = make(config.data, skipped_path=str(folder / "skipped.jsonl"))
-        module = make_module(config, resume)
-        num_steps = max(-(-(config.max_clips - meta["clips"]) // config.data.batch_size), 0)
-        if not num_steps:
-            log.info("%s is already trained on %d clips; raise max_clips, or choose another name", folder, meta["clips"])
-            return
-        callbacks = make_callbacks(config, folder, module, resume)
-        loggers: list[Logger] = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
-        loggers += [make(config.logger, folder=folder)] if config.logger else []
-        for logger in loggers:
-            logger.log_hyperparams(plain(config))
-        hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
-        log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(module), config.max_clips, loader.num_clips)
-        fit(module, itertools.islice(loader.batches(meta["steps"]), num_steps), callbacks, loggers, hardware, **options)
-        for logger in loggers:
-            logger.finalize("success")
-    write_json(folder / "summary.json", summary(config, folder, module, spent.wall_seconds, spent.core_seconds))
+    spent = Spent()
+    check(config)
+    folder = Path(config.runs) / config.name
+    resume = find_run(folder, config)
+    meta = checkpoint.load(resume, names=["ema"]).meta if resume else {"steps": 0, "clips": 0}
+    spent.add(meta.get("wall_seconds", 0.0), meta.get("core_seconds", 0.0))
+    num_steps = max(-(-(config.max_clips - meta["clips"]) // config.data.batch_size), 0)
+    if not num_steps:
+        log.info("%s is already trained on %d clips; raise max_clips, or choose another name", folder, meta["clips"])
+        return
+    loader: ClipLoader = make(config.data, skipped_path=str(folder / "skipped.jsonl"))
+    module = make_module(config, resume)
+    callbacks = make_callbacks(config, folder, module, resume, spent)
+    open_run(folder, config, resume)
+    loggers: list[Logger] = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
+    loggers += [make(config.logger, folder=folder)] if config.logger else []
+    for logger in loggers:
+        logger.log_hyperparams(plain(config))
+    hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
+    log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(module), config.max_clips, loader.num_clips)
+    fit(module, itertools.islice(loader.batches(meta["steps"]), num_steps), callbacks, loggers, hardware, **options)
+    for logger in loggers:
+        logger.finalize("success")
+    write_json(folder / "summary.json", summary(config, module, spent))
     log.info("%s: %d clips in %.0f s (%.0f core-seconds)", folder, module.clips, spent.wall_seconds, spent.core_seconds)
     write_report(folder)
 
 
 def check(config: DictConfig) -> None:
-    """ValueError where sizes cannot work together, before anything is allocated."""
-    for key in ("max_clips", "accumulate"):
-        if config[key] < 1:
-            raise ValueError(f"{key} must be at least 1, got {config[key]}; set {key}")
+    """ValueError where values cannot work, alone or together, before anything is allocated."""
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise ValueError(f"a run's name is one folder's, got {config.name!r}; set name, and runs for where it lies")
+    check_whole(config, 1, "max_clips", "accumulate", "data.batch_size", "validation.clips")
+    check_whole(config, 0, "seed", *(f"every.{name}" for name in config.every))
     network, data = make_network(config), config.data
     token_grid(data.num_frames, data.height, data.width, network.transformer.patch)
     make_sampler(config)
@@ -80,26 +84,28 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"a batch of {data.batch_size} clips has no {config.accumulate} parts; set accumulate or data.batch_size")
 
 
-def open_run(folder: Path, config: DictConfig) -> Path | None:
-    """Makes the run's folder, or finds where it stopped; ValueError where it was another run."""
-    if "/" in config.name or config.name in ("", ".", ".."):
-        raise ValueError(f"a run's name is one folder's, got {config.name!r}; set name, and runs for where it lies")
+def find_run(folder: Path, config: DictConfig) -> Path | None:
+    """The checkpoint where a run stopped, if it ever came to one; ValueError where the folder is another run's, or none's."""
     stored, resume = folder / "config.yaml", checkpoint.newest(folder / "checkpoints")
-    text = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     if resume and stored.is_file():
-        changed = differences(plain(OmegaConf.load(stored)), plain(config))  # type: ignore[arg-type]
+        changed = differences(plain(read_yaml(stored)), plain(config))
         if changed:
             raise ValueError(
                 f"{folder} was trained with another config ({'; '.join(changed[:5])}); choose another name, or init_from={folder}"
             )
         log.info("going on from %s", resume)
-    elif folder.is_dir():
-        for leftover in ("metrics.jsonl", "skipped.jsonl"):  # of a run that never came to its first checkpoint
-            (folder / leftover).unlink(missing_ok=True)
+    elif folder.is_dir() and any(folder.iterdir()) and not stored.is_file():
+        raise ValueError(f"{folder} holds files, but no config.yaml that says of which run; set name or runs")
+    return resume
+
+
+def open_run(folder: Path, config: DictConfig, resume: Path | None) -> None:
+    """Makes the run's folder; of a run that never came to its first checkpoint, the record goes."""
+    if resume is None:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder / "samples", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    stored.write_text(text)
-    return resume
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
@@ -136,21 +142,14 @@ def take_over(network: torch.nn.Module, run: Path) -> None:
             log.info("  %s %s", kind, name)
 
 
-def make_callbacks(config: DictConfig, folder: Path, module: VideoDiffusion, resume: Path | None) -> list[L.Callback]:
-    """Everything that happens beside training."""
+def make_callbacks(
+    config: DictConfig, folder: Path, module: VideoDiffusion, resume: Path | None, spent: Spent
+) -> list[L.Callback]:  # fmt: skip
+    """Everything that happens beside training; what it needs is made now, so that what cannot work is known now."""
     every, sampler = config.every, make_sampler(config)
 
     def draw(module: VideoDiffusion, requests: Sequence[Request]) -> list[Any]:
         return generate(make_trained(module.ema.network, module.objective), requests, sampler)
-
-    def judge(module: VideoDiffusion) -> Any:
-        suites, metrics = ({str(k): make(v) for k, v in config.eval[part].items()} for part in ("suites", "metrics"))
-        return evaluate(suites, metrics, lambda requests: draw(module, requests), config.eval.batch_size).metrics
-
-    def held_out() -> list[Batch]:
-        size = min(config.data.batch_size, config.validation.clips)
-        loader: ClipLoader = make(config.data, shards=config.validation.shards, num_workers=0, batch_size=size)
-        return list(itertools.islice(loader.batches(), max(config.validation.clips // size, 1)))
 
     def flops_per_clip(module: VideoDiffusion, batch: Batch) -> float:
         grid = token_grid(*batch.video.shape[1:4], module.network.transformer.patch)
@@ -172,10 +171,18 @@ def make_callbacks(config: DictConfig, folder: Path, module: VideoDiffusion, res
         Sampling(every.sample, folder / "samples", requests, draw),
     ]
     if every.evaluate and config.eval:
+        suites, metrics = ({str(k): make(v) for k, v in config.eval[part].items()} for part in ("suites", "metrics"))
+
+        def judge(module: VideoDiffusion) -> dict[str, Estimate]:
+            return evaluate(suites, metrics, lambda requests: draw(module, requests), config.eval.batch_size).metrics
+
         callbacks.append(Evaluating(every.evaluate, judge))
     if every.validate and config.validation.shards:
-        callbacks.append(ValidationLoss(every.validate, held_out))
-    return [*callbacks, Saving(every.save, folder / "checkpoints", config.keep_checkpoints, resume)]
+        clips = config.validation.clips
+        size = min(data.batch_size, clips)
+        held_out: ClipLoader = make(data, shards=config.validation.shards, num_workers=0, batch_size=size)
+        callbacks.append(ValidationLoss(every.validate, lambda: list(itertools.islice(held_out.batches(), clips // size))))
+    return [*callbacks, Saving(every.save, folder / "checkpoints", config.keep_checkpoints, resume, spent)]
 
 
 def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -191,13 +198,13 @@ def num_parameters(module: VideoDiffusion) -> int:
     return sum(p.numel() for p in [*module.network.parameters(), *module.objective.parameters()])
 
 
-def summary(config: DictConfig, folder: Path, module: VideoDiffusion, wall_seconds: float, core_seconds: float) -> dict[str, Any]:
-    """What training took; times of earlier parts of a resumed run are added."""
+def summary(config: DictConfig, module: VideoDiffusion, spent: Spent) -> dict[str, Any]:
+    """What training took, with the parts of a resumed run up to the checkpoints it went on from."""
     device = module.device.type
     return {
         "name": config.name,
-        "training_wall_seconds": round(wall_seconds, 1),
-        "training_core_seconds": round(core_seconds, 1),
+        "training_wall_seconds": round(spent.wall_seconds, 1),
+        "training_core_seconds": round(spent.core_seconds, 1),
         "clips": module.clips,
         "steps": module.steps,
         "parameters": num_parameters(module),

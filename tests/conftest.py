@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,19 @@ checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignor
 sys.modules["checker"] = checker
 install_import_hook(["dit_video.shapes", "dit_video.model", "dit_video.objective", "dit_video.sampler"], "checker.check")
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by file, so small_run has no package to be found in
+
+from small_run import trained_run, world_shards  # noqa: E402, F401
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_every_order() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def make_network() -> Callable[..., "Network"]:
-    """Makes a small network for keywords of VideoTransformer; every parameter is random, none zero as at the start of training."""
+    """Makes a small network for keywords of VideoTransformer; every parameter is random, none zero as when training starts."""
     from dit_video.model.layers import initialise, seeded
     from dit_video.model.network import Network
     from dit_video.model.text import WordEncoder

@@ -51,11 +51,14 @@ def initialise(module: nn.Module, seed: int, device: torch.device | str = "cpu")
 
     A module on the meta device is given memory on `device` first.
     """
-    rules = {name: parameter.initial for name, parameter in module.named_parameters()}  # type: ignore[attr-defined]
+    rules = {name: getattr(parameter, "initial", None) for name, parameter in module.named_parameters()}
+    lawless = [name for name, rule in rules.items() if rule is None]
+    if lawless:
+        raise ValueError(f"{lawless[0]} has no initialisation; make it with `linear` or `learned` of dit_video.model.layers")
     if any(parameter.is_meta for parameter in module.parameters()):
         module.to_empty(device=device)  # makes new parameters, which no longer know their rule
     for name, parameter in module.named_parameters():
-        std, mean = rules[name]
+        std, mean = rules[name]  # type: ignore[misc]
         values = torch.zeros(parameter.shape) + mean.cpu() if isinstance(mean, Tensor) else torch.full(parameter.shape, mean)
         if std:
             values += std * torch.randn(parameter.shape, generator=seeded(seed, name))

@@ -123,7 +123,7 @@ def hash_word(word: str, buckets: int) -> tuple[int, int]:
     if (word, buckets) not in _hashes:
         if len(_hashes) > 100_000:
             _hashes.clear()
-        digest = hashlib.blake2b(word.encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=16).digest()
         first, second = (int.from_bytes(half, "little") % buckets for half in (digest[:8], digest[8:]))
         _hashes[word, buckets] = first, second
     return _hashes[word, buckets]

@@ -57,7 +57,7 @@ class StreamEnds(nn.Module):
             hidden = hidden + self.control(stream.control)
         return hidden
 
-    def levels(self, stream: Stream, pooled: Float[Tensor, "b d"] | None) -> Float[Tensor, "b k d"]:
+    def levels(self, stream: Stream, pooled: Float[Tensor, "b p"] | None) -> Float[Tensor, "b k d"]:
         embedded = self.level(stream.levels)
         if self.pooled is not None and pooled is not None:
             embedded = embedded + self.pooled(pooled)[:, None]
@@ -223,6 +223,7 @@ class VideoTransformer(nn.Module):
         A tap is "<block>.<stream>", such as "3.video": the states `b n d` of that stream after block 3, counted from 0.
         """
         self._check_taps(taps)
+        streams = {name: streams[name] for name in self.ends}  # in the model's order, whatever the caller's
         turns = {name: rotary(s.place, self.head_dim, self.rotary_theta) for name, s in streams.items()}
         places = torch.cat([s.place for s in streams.values()], dim=1) if len(streams) > 1 else streams["video"].place
         picks = {name: _pick(s) for name, s in streams.items()}

@@ -127,8 +127,9 @@ class Objective(nn.Module):
         # Given tokens leave before anything is divided by their time, which may be 0: a masked infinity would still be a NaN.
         time = torch.where(made, stream.level_per_token(), 0.5)
         target, divisor = target_of(corrupted.clean, corrupted.noise, time, self.predict, self.min_time)
-        error = (outputs["video"] - target).square() * corrupted.real
-        per_token = error.sum(-1) / corrupted.real.sum(-1) / divisor**2
+        share = (corrupted.real / corrupted.real.sum(-1, keepdim=True)).sqrt()  # of a value in its token's mean
+        error = (outputs["video"] - target) * share
+        per_token = torch.linalg.vecdot(error, error) / divisor**2
         per_clip = torch.where(made, per_token, 0).sum(-1) / made.sum(-1)
 
         extra = {name: loss(tapped, batch, corrupted, grid) for name, loss in self.extra.items()}

@@ -49,6 +49,11 @@ class FirstFrames:
     min_token_frames: int = 1
     max_token_frames: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_token_frames <= self.max_token_frames:
+            numbers = f"min_token_frames {self.min_token_frames} and max_token_frames {self.max_token_frames}"
+            raise ValueError(f"{numbers} are no range; set objective.tasks.<task>.max_token_frames")
+
     def draw(self, token_frames: int, generator: torch.Generator) -> list[int]:
         low, high = min(self.min_token_frames, token_frames - 1), min(self.max_token_frames, token_frames - 1)
         return list(range(int(torch.randint(low, high + 1, (), generator=generator))))
@@ -81,9 +86,13 @@ class InBetween:
 
 def draw_task(tasks: dict[str, Task], generator: torch.Generator) -> str:
     """The name of a task, drawn by the tasks' probabilities."""
-    names = list(tasks)
-    weights = torch.tensor([float(tasks[name].probability) for name in names])
-    return names[int(torch.multinomial(weights, 1, generator=generator))]
+    names, chances = list(tasks), [float(task.probability) for task in tasks.values()]
+    point, reached = torch.rand((), generator=generator).item() * sum(chances), 0.0
+    for name, chance in zip(names, chances, strict=True):
+        reached += chance
+        if point < reached:
+            return name
+    return next(name for name in reversed(names) if tasks[name].probability > 0)  # rounding
 
 
 def check_tasks(tasks: dict[str, Task]) -> None:

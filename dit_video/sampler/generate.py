@@ -79,6 +79,8 @@ def check_request(request: Request, trained: Trained) -> None:
     """ValueError where a request cannot be met, before any work is done."""
     if request.task not in trained.tasks:
         raise ValueError(f"the model knows no task {request.task!r}, only {', '.join(trained.tasks)}; set task")
+    if not request.fps > 0:
+        raise ValueError(f"fps must be positive, got {request.fps}; set fps")
     grid = _grid(request, trained.patch)
     given = request.given
     trained.tasks[request.task].places(0 if given is None else len(given), grid.t, trained.patch.t)
@@ -152,10 +154,12 @@ def _place_given(trained: Trained, requests: list[Request], noise: Tensor, grid:
 def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid) -> Velocity:
     """The network as a velocity of tokens at their times, for these captions."""
     real = repeat(token_values(grid, trained.patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // trained.patch.t)
-    real = real.to(stream.values.device)
+    moves = real.to(stream.values.device) * ~stream.given[..., None]  # what is given stays, and so does the padding
     context = trained.network.text(captions)  # the same at every step
 
     def velocity(x: Float[Tensor, "b n p"], time: Float[Tensor, "b n"]) -> Float[Tensor, "b n p"]:
+        if trained.predict == "noise":  # at t = 1 the noise is all there is to see, and says nothing of the clean clip
+            time = time.clamp(max=0.95)
         seen, level = x, time
         if trained.given_noise and stream.given.any():  # given tokens are shown as they were in training, and kept as they are
             level = time.where(~stream.given, trained.given_noise)
@@ -163,7 +167,6 @@ def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid
         levels = torch.zeros_like(stream.levels).scatter(1, stream.index, level)  # tokens of one index share one level
         asked = Stream(seen, stream.place, levels, stream.index, stream.given, stream.partial)
         outputs, _ = trained.network.transformer({"video": asked}, context)
-        moving = time.where(~stream.given, 0.5)  # given tokens have steps of zero: any finite velocity will do
-        return velocity_of(outputs["video"], x, moving, trained.predict, min_time=1e-4) * real
+        return velocity_of(outputs["video"], x, time, trained.predict, min_time=1e-4) * moves
 
     return velocity

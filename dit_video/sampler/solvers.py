@@ -8,6 +8,7 @@ comes out bit for bit as it went in: that is how given tokens stay exact.
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,12 +24,13 @@ def euler(velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s
 
 
 def heun(velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"]) -> Float[Tensor, "b n p"]:
-    """Second order, two evaluations a step (the last step, which ends at t = 0, is Euler's: Karras et al. 2022, algorithm 1)."""
+    """Second order, two evaluations a step (a token's last step, which ends at t = 0, is Euler's: Karras et al. 2022, algorithm 1)."""
     for now, then in zip(times[:-1], times[1:], strict=True):
         step = (then - now)[..., None]
         first = velocity(x, now)
         ahead = x + step * first
-        x = x + step * (first + velocity(ahead, then)) / 2 if then.any() else ahead
+        mean = (first + velocity(ahead, then)) / 2 if then.any() else first
+        x = torch.where(then[..., None] > 0, x + step * mean, ahead)
     return x
 
 

@@ -36,9 +36,9 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Writes `folder/step-<number>` and removes all but the newest `keep`; an OSError leaves what was there before as it was."""
+    """Writes `folder/step-<number>` and removes all but the newest `keep` verified; an OSError leaves what was there as it was."""
     final = folder / f"step-{checkpoint.meta['steps']:08d}"
-    if final.exists():
+    if final.exists() and verify(final) is None:
         return final
     draft = folder / f".{final.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -54,14 +54,24 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
         _write_json(draft / MANIFEST, sums)
         _flush(draft / MANIFEST)
         _flush(draft)
+        if final.exists():  # damaged, and passed over when the run went on
+            shutil.rmtree(final)
         draft.rename(final)
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"could not save {final}: {error}; earlier checkpoints are untouched; make room, or set runs to another disk") from error
-    for old in listed(folder)[: -max(keep, 2)]:
-        shutil.rmtree(old)
+    _prune(folder, final, max(keep, 2))
     return final
+
+
+def _prune(folder: Path, verified: Path, keep: int) -> None:
+    """Removes what is older than the newest `keep` verified checkpoints, of which one is known."""
+    for path in reversed(listed(folder)):
+        if keep == 0:
+            shutil.rmtree(path)
+        elif path == verified or verify(path) is None:
+            keep -= 1
 
 
 def listed(folder: Path) -> list[Path]:
@@ -105,8 +115,11 @@ def load(path: Path, names: list[str] | None = None) -> Checkpoint:
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
     names = names or [file.stem for file in path.glob("*.safetensors")]
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in names}
-    return Checkpoint(tensors, json.loads((path / "meta.json").read_text()))
+    try:
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in names}
+        return Checkpoint(tensors, json.loads((path / "meta.json").read_text()))
+    except (OSError, SafetensorError, ValueError) as error:  # as it was saved, but not by us
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -> None:

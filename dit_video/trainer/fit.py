@@ -6,8 +6,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +28,24 @@ class Hardware:
     precision: str = "bf16-mixed"
 
 
-@dataclass
 class Spent:
-    """What a piece of work took."""
+    """What a piece of work has taken since this was made, and what earlier parts of it took."""
 
-    wall_seconds: float = 0.0
-    core_seconds: float = 0.0  # of this process and the children it has waited for, on all cores
+    def __init__(self) -> None:
+        self._wall, self._core = time.perf_counter(), _core_seconds()
+
+    def add(self, wall_seconds: float, core_seconds: float) -> None:
+        """Counts an earlier part."""
+        self._wall, self._core = self._wall - wall_seconds, self._core - core_seconds
+
+    @property
+    def wall_seconds(self) -> float:
+        return time.perf_counter() - self._wall
+
+    @property
+    def core_seconds(self) -> float:
+        """Of this process and the children it has waited for, on all cores."""
+        return _core_seconds() - self._core
 
 
 def fit(module: VideoDiffusion, batches: Any, callbacks: Sequence[L.Callback], loggers: list[Logger], hardware: Hardware, **options: Any) -> None:
@@ -56,17 +67,6 @@ def fit(module: VideoDiffusion, batches: Any, callbacks: Sequence[L.Callback], l
     trainer.fit(module, batches)
 
 
-@contextmanager
-def timed() -> Iterator[Spent]:
-    """Measures the wall time and the core-seconds of a block."""
-    spent = Spent()
-    wall, core = time.perf_counter(), _core_seconds()
-    try:
-        yield spent
-    finally:
-        spent.wall_seconds, spent.core_seconds = time.perf_counter() - wall, _core_seconds() - core
-
-
 def _core_seconds() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
@@ -84,5 +84,5 @@ def keep_memory() -> None:
 def _be_quiet() -> None:
     """Lightning's notices about what we do on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*is a wrapped model.*", ".*no `LearningRateMonitor`.*", ".*IterableDataset.*"):
+    for message in (".*does not have many workers.*", ".*is a wrapped model.*", ".*IterableDataset.*", ".*in eval mode.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message)

@@ -56,10 +56,10 @@ class VideoDiffusion(L.LightningModule):
         for part in split(batch, self.accumulate):
             losses = self.objective(self.network, part, transformer.patch, transformer.reference_rate)
             self.manual_backward((losses.per_clip * part.weights).sum() / total)
-            self.losses.append((losses, part.weights))
+            self.losses.append((replace(losses, per_clip=losses.per_clip.detach()), part.weights))
         parameters = [p for p in [*self.network.parameters(), *self.objective.parameters()] if p.grad is not None]
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or math.inf)
-        loss = torch.stack([(losses.per_clip.detach() * weights).sum() for losses, weights in self.losses]).sum() / total
+        loss = torch.stack([(losses.per_clip * weights).sum() for losses, weights in self.losses]).sum() / total
         self._stop_if_not_finite(loss, batch)
 
         # Update: weights, their average, and the count of what was done.
@@ -73,7 +73,7 @@ class VideoDiffusion(L.LightningModule):
         if torch.isfinite(loss) and torch.isfinite(self.gradient_norm):
             return
         quantity = "gradient" if torch.isfinite(loss) else "loss"
-        per_clip = torch.cat([losses.per_clip.detach() for losses, _ in self.losses])
+        per_clip = torch.cat([losses.per_clip for losses, _ in self.losses])
         keys = [key for key, value in zip(batch.keys, per_clip.tolist(), strict=True) if not math.isfinite(value)] or batch.keys
         raise NonFiniteError(
             f"the {quantity} of step {self.steps} is not finite; clips: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}; "

@@ -9,9 +9,10 @@ from dit_video.model.layers import Linear
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The nearest (semi-)orthogonal matrices `k rows columns`, approximately: singular values end between 0.7 and 1.2.
+    """The nearest (semi-)orthogonal matrices `k rows columns`, approximately.
 
-    The quintic Newton-Schulz iteration with Keller Jordan's coefficients (Muon, 2024).
+    Singular values of at least 0.002 of the matrix's norm end between 0.68 and 1.21. The quintic Newton-Schulz iteration with
+    Keller Jordan's coefficients (Muon, 2024).
     """
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]

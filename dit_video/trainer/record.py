@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,9 @@ class JsonlRecord(Logger):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            draft = path.with_suffix(".draft")
+            draft.write_text("".join(line + "\n" for line in kept))
+            os.replace(draft, path)  # a full disk leaves the record as it was
 
     @property
     def name(self) -> str:

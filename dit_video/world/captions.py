@@ -74,13 +74,18 @@ def caption(rng: np.random.Generator, scene: Scene) -> Caption:
 
 
 def prompts(split: Literal["seen", "held_out"], count: int, seed: int, num_frames: int | None = None) -> list[Caption]:
-    """Fully specified prompts to evaluate with: every combination of the split as often as any other, in all wordings."""
+    """Fully specified prompts to evaluate with: every combination of the split as often as any other, in all wordings.
+
+    Fewer are the first of more.
+    """
     if split not in ("seen", "held_out"):
         raise ValueError(f"prompts are of split seen or held_out, got {split!r}; set split")
     rng = np.random.default_rng([seed, split == "held_out"])
     found = combinations("train" if split == "seen" else "held_out", num_frames)
-    order = np.concatenate([rng.permutation(len(found)) for _ in range(-(-count // len(found)))])[:count]
-    return [word(found[index], _draw_wording(rng), num_frames) for index in order]
+    asked: list[Caption] = []
+    while len(asked) < count:
+        asked += [word(found[index], _draw_wording(rng), num_frames) for index in rng.permutation(len(found))]
+    return asked[:count]
 
 
 def underspecified(count: int, seed: int, num_frames: int | None = None) -> list[Caption]:

@@ -2,9 +2,12 @@
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
+
+Outcome = TypeVar("Outcome", bound=Hashable)
 
 
-def total_variation(p: Mapping[Hashable, float], q: Mapping[Hashable, float]) -> float:
+def total_variation(p: Mapping[Outcome, float], q: Mapping[Outcome, float]) -> float:
     """Half the sum of absolute differences of two distributions, in [0, 1]; what is absent has probability 0.
 
     ValueError where either does not sum to 1.
@@ -15,7 +18,7 @@ def total_variation(p: Mapping[Hashable, float], q: Mapping[Hashable, float]) ->
     return sum(abs(p.get(key, 0) - q.get(key, 0)) for key in p.keys() | q.keys()) / 2
 
 
-def frequencies(outcomes: Iterable[Hashable]) -> dict[Hashable, float]:
+def frequencies(outcomes: Iterable[Outcome]) -> dict[Outcome, float]:
     """The share of each outcome; ValueError where there is none."""
     counts = Counter(outcomes)
     if not counts:

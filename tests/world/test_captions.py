@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
-from dit_video.world.captions import caption, prompts, underspecified, word
-from dit_video.world.state import ATTRIBUTES, is_held_out, sample_scene
+from dit_video.world.captions import Caption, caption, prompts, underspecified, word
+from dit_video.world.state import ATTRIBUTES, Scene, is_held_out, sample_scene
 
 
-def scene_of(index: int, num_frames: int = 9):  # noqa: ANN201
+def scene_of(index: int, num_frames: int = 9) -> Scene:
     return sample_scene(np.random.default_rng([5, index]), num_frames=num_frames, height=32, width=32, fps=8)
 
 
-def drawn(count: int, num_frames: int = 9) -> list:
+def drawn(count: int, num_frames: int = 9) -> list[tuple[Scene, Caption]]:
     return [(scene, caption(np.random.default_rng([6, i]), scene)) for i in range(count) for scene in [scene_of(i, num_frames)]]
 
 

@@ -12,7 +12,11 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarra
     if shape == "circle":
         return x**2 + y**2 <= radius**2
     left, up, right, down = (extent * radius for extent in EXTENTS[shape])
-    corners = [(-left, -up), (right, -up), (right, down), (-left, down)] if shape == "square" else [(0, -up), (right, down), (-left, down)]
+    corners = (
+        [(-left, -up), (right, -up), (right, down), (-left, down)]
+        if shape == "square"
+        else [(0, -up), (right, down), (-left, down)]
+    )
     result = np.ones(np.broadcast(x, y).shape, bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
         result &= (bx - ax) * (y - ay) - (by - ay) * (x - ax) >= 0
@@ -28,7 +32,9 @@ def test_coverage_agrees_with_counting_points(shape: str) -> None:
         points = inside(shape, fine[None] - centre[0], fine[:, None] - centre[1], radius)
         truth = points.reshape(32, 16, 32, 16).mean((1, 3))
         found = coverage(shape, centre[None], np.array([radius]), PIXELS, PIXELS)[0]
-        assert np.abs(found - truth).mean() < 0.003 and np.abs(found - truth).max() < 0.35  # corners of a triangle are approximate
+        assert (
+            np.abs(found - truth).mean() < 0.003 and np.abs(found - truth).max() < 0.35
+        )  # corners of a triangle are approximate
         assert found.sum() == pytest.approx(np.pi * radius**2, rel=0.03)
 
 
@@ -53,7 +59,8 @@ def test_colours_are_exact_and_the_background_is_plain() -> None:
 
 def test_a_larger_frame_shows_the_same_clip() -> None:
     one, two = (
-        sample_scene(np.random.default_rng(3), num_frames=5, height=side, width=side, fps=8, colour="red", motion="up") for side in (32, 64)
+        sample_scene(np.random.default_rng(3), num_frames=5, height=side, width=side, fps=8, colour="red", motion="up")
+        for side in (32, 64)
     )
     assert np.allclose(2 * one.centres(), two.centres())
     halved = render(two).reshape(5, 32, 2, 32, 2, 3).mean((2, 4))

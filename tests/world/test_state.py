@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,11 +81,13 @@ def test_the_state_survives_json_and_gives_the_same_clip() -> None:
 
 
 def test_the_conditional_is_what_sampling_gives() -> None:
-    stated = {"shape": "square", "motion": "left"}
+    stated: dict[str, Any] = {"shape": "square", "motion": "left"}
     truth = conditional(stated)
     assert sum(truth.values()) == pytest.approx(1)
     assert ("small", "purple") not in truth and ("small", "yellow") not in truth and len(truth) == 8
-    drawn = Counter((each.size, each.colour) for each in (draw(index, **stated) for index in range(2000)))
+    drawn: Counter[tuple[str, ...]] = Counter(
+        (each.size, each.colour) for each in (draw(index, **stated) for index in range(2000))
+    )
     assert drawn.keys() == truth.keys()
     assert all(abs(drawn[key] / 2000 - share) < 0.04 for key, share in truth.items())
     assert conditional({"size": "small", "colour": "red", "shape": "circle", "motion": "left"}) == {(): 1.0}

@@ -25,7 +25,8 @@ class LossRecord(EveryClips):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: VideoDiffusion, outputs: Any, batch: Batch, batch_idx: int  # type: ignore[override]
     ) -> None:  # fmt: skip
-        self.kept += pl_module.losses
+        if self.every_clips > 0:
+            self.kept += pl_module.losses
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:

@@ -9,15 +9,16 @@ import torch
 from dit_video.trainer import checkpoint
 from dit_video.trainer.callbacks.every import EveryClips
 from dit_video.trainer.checkpoint import Checkpoint, CheckpointError
+from dit_video.trainer.fit import Spent
 from dit_video.trainer.module import VideoDiffusion
 
 
 class Saving(EveryClips):
     """Saves every so many clips and at the end of training; goes on from a checkpoint where one is given."""
 
-    def __init__(self, every_clips: int, folder: Path, keep: int = 2, resume: Path | None = None) -> None:
+    def __init__(self, every_clips: int, folder: Path, keep: int, resume: Path | None, spent: Spent) -> None:
         super().__init__(every_clips)
-        self.folder, self.keep, self.resume = folder, keep, resume
+        self.folder, self.keep, self.resume, self.spent = folder, keep, resume, spent
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
         if self.resume is not None:  # only now are the weights on their device, where the optimisers' state must be too
@@ -25,7 +26,9 @@ class Saving(EveryClips):
 
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
         if trainer.is_global_zero:
-            checkpoint.save(self.folder, capture(module), self.keep)
+            saved = capture(module)
+            saved.meta |= {"wall_seconds": self.spent.wall_seconds, "core_seconds": self.spent.core_seconds}
+            checkpoint.save(self.folder, saved, self.keep)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
         self.act(trainer, pl_module)

@@ -1,0 +1,113 @@
+"""Solvers: exactness, measured orders of convergence, and tokens that take no step."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_video.objective.path import shifted
+from dit_video.sampler.solvers import Solver, euler, heun, multistep
+
+SOLVERS = [euler, heun, multistep]
+BATCH, TOKENS, VALUES = 2, 5, 3
+
+
+def schedule(steps: int, kind: str) -> Tensor:
+    """Times `s b n`: the same for all tokens, uneven, one for each token, or with tokens that start late."""
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:, None, None].expand(-1, BATCH, TOKENS)
+    if kind == "even":
+        return even
+    if kind == "uneven":
+        return shifted(even, 3.0)
+    if kind == "alternating":  # every second step is three times as long
+        sizes = torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(steps)[:steps]
+        return torch.cat([torch.ones(1), 1 - sizes.cumsum(0) / sizes.sum()]).clamp(min=0)[:, None, None].expand_as(even)
+    if kind == "per token":
+        return torch.stack([shifted(even[..., i], 0.5 + i) for i in range(TOKENS)], dim=-1)
+    assert kind == "late"  # token i waits for i tenths of the way, then falls twice as fast as it would have to
+    delay = torch.arange(TOKENS, dtype=torch.float64) / 10
+    return (1 - 2 * ((1 - even) - delay)).clamp(0, 1)
+
+
+KINDS = ["even", "uneven", "alternating", "per token", "late"]
+
+
+def field(x: Tensor, time: Tensor) -> Tensor:
+    """A velocity that is not linear in x or t."""
+    return torch.sin(2 * x) + x * torch.cos(3 * time)[..., None] - time[..., None] ** 2
+
+
+def start() -> Tensor:
+    return torch.randn(BATCH, TOKENS, VALUES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def exact(x: Tensor) -> Tensor:
+    """x at t = 0, by the classical Runge-Kutta method in very small steps."""
+    steps = 2000
+    h = torch.full((BATCH, TOKENS, 1), -1 / steps, dtype=torch.float64)
+    for i in range(steps):
+        t = torch.full((BATCH, TOKENS), 1 - i / steps, dtype=torch.float64)
+        k1 = field(x, t)
+        k2 = field(x + h / 2 * k1, t - 0.5 / steps)
+        k3 = field(x + h / 2 * k2, t - 0.5 / steps)
+        k4 = field(x + h * k3, t - 1 / steps)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_constant_velocity_is_followed_exactly(solver: Solver, kind: str, steps: int) -> None:
+    clean, noise = torch.randn(2, BATCH, TOKENS, VALUES, dtype=torch.float64)
+    out = solver(lambda x, time: noise - clean, noise, schedule(steps, kind))
+    assert torch.allclose(out, clean, atol=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (multistep, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_of_convergence(solver: Solver, order: int, kind: str) -> None:
+    wanted = exact(start())
+    errors = [(solver(field, start(), schedule(steps, kind)) - wanted).abs().amax(dim=(0, 2)) for steps in (160, 320, 640)]
+    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+        measured = torch.log2(coarse / fine)  # of each token
+        assert ((measured - order).abs() < 0.25).all(), measured
+    assert errors[-1].max() < (1e-2 if order == 1 else 1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_without_steps_come_out_bit_for_bit(solver: Solver, kind: str) -> None:
+    given = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+    given[0, :2] = given[1, 3] = True
+    x = start().float()
+    times = torch.where(given, 0.0, schedule(9, kind).float())
+    out = solver(lambda x, time: field(x, time) * 1e6, x, times)
+    assert torch.equal(out[given], x[given]) and not torch.isclose(out[~given], x[~given]).any(-1).all()
+    alone = solver(field, start(), schedule(9, kind))  # and the others do not notice
+    beside = solver(field, start(), torch.where(given, 0.0, schedule(9, kind)))
+    assert torch.equal(alone[~given], beside[~given])
+
+
+@pytest.mark.parametrize(("solver", "calls"), [(euler, 6), (heun, 11), (multistep, 6)])
+def test_evaluations(solver: Solver, calls: int) -> None:
+    seen = []
+
+    def counted(x: Tensor, time: Tensor) -> Tensor:
+        assert time.max() > 0  # never at the clean end, where the velocity of a predicted clean clip is not defined
+        seen.append(time)
+        return field(x, time)
+
+    solver(counted, start(), schedule(6, "even"))
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_token_s_velocity_at_its_clean_end_is_not_used(solver: Solver) -> None:
+    """Tokens may reach t = 0 before others do (a rollout); there the velocity is a division by almost nothing."""
+    times = schedule(10, "late")
+    assert (times[-3] == 0).any() and (times[-3] > 0).any()
+
+    def with_end(velocity: float) -> Tensor:
+        return solver(lambda x, time: torch.where(time[..., None] > 0, field(x, time), velocity), start(), times)
+
+    assert torch.equal(with_end(0.0), with_end(1e12))

@@ -1,0 +1,87 @@
+"""Every model, text encoder and attention of conf/ composes and builds without memory."""
+
+import pytest
+import torch
+
+from dit_video.build import make, make_network
+from dit_video.compose import compose, conf_folder, take_apart
+from dit_video.model.cost import parameters_by_part
+from dit_video.shapes import Grid, Patch, Stream, token_places
+
+PARAMETERS = {
+    "tiny": 2.1e6, "small": 24e6, "base": 130e6, "large": 450e6, "xl": 700e6, "1.3b": 1.3e9, "5b": 5e9, "14b": 14e9,
+}  # fmt: skip
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def test_every_size_is_there() -> None:
+    assert sorted(PARAMETERS) == options("model")
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_model_builds_and_runs_on_meta_and_is_as_large_as_its_name(name: str) -> None:
+    network = make_network(compose("info", take_apart([f"model={name}"])))
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert sum(parameters_by_part(network).values()) == pytest.approx(PARAMETERS[name], rel=0.15)
+
+    transformer = network.transformer
+    assert name in ("tiny", "small") or transformer.head_dim == 128
+    assert transformer.blocks[0].text == ("cross" if name in ("1.3b", "5b", "14b") else "joint")
+    grid, patch = Grid(3, 2, 2), transformer.patch
+    values = torch.zeros(1, grid.num_tokens, patch.t * patch.h * patch.w * transformer.channels, device="meta")
+    place = token_places(grid, patch, 8.0, transformer.reference_rate)[None].to("meta")
+    marks = torch.zeros(1, grid.num_tokens, dtype=torch.bool, device="meta")
+    stream = Stream(values, place, torch.zeros(1, 2, device="meta"), marks.long(), marks, marks)
+    outputs, _ = network({"video": stream}, ["a red circle"])
+    assert outputs["video"].shape == values.shape
+
+
+def test_tiny_names_every_key_and_the_others_the_same() -> None:
+    import inspect
+
+    from dit_video.model.transformer import VideoTransformer
+
+    arguments = set(inspect.signature(VideoTransformer.__init__).parameters) - {"self"}
+    for name in PARAMETERS:
+        config = compose("info", take_apart([f"model={name}"])).model
+        assert set(config) - {"_target_"} == arguments
+    # and the comments of tiny say what each is
+    lines = (conf_folder() / "model" / "tiny.yaml").read_text().splitlines()[2:]
+    assert all("  # " in line for line in lines)
+
+
+@pytest.mark.parametrize("name", [name for name in options("model/attention") if name != "flash"])
+def test_attention_is_a_function(name: str) -> None:
+    attend = make(compose("info", take_apart([f"model/attention={name}"])).model.attention)
+    query = torch.randn(1, 2, 3, 8)
+    assert attend(query, query, query, None, None).shape == query.shape
+
+
+def test_flash_is_built_where_it_can_be() -> None:
+    from dit_video.model.attention import Flash
+
+    config = compose("info", take_apart(["model/attention=flash"]))
+    try:
+        assert isinstance(make(config.model.attention), Flash)
+    except Exception as error:
+        assert "set model/attention=sdpa" in str(error)
+
+
+@pytest.mark.parametrize("name", options("text"))
+def test_text_encoder_builds(name: str) -> None:
+    config = compose("info", take_apart([f"text={name}"]))
+    assert make_network(config).text.dim == config.text.dim == config.model.context_dim
+
+
+def test_a_second_stream_from_the_command_line() -> None:
+    audio = "{audio:{_target_:dit_video.model.transformer.StreamSpec,token_dim:10,width:24}}"
+    network = make_network(compose("info", take_apart([f"model.other_streams={audio}"])))
+    assert network.transformer.ends["audio"].patch.out_features == 24
+
+
+def test_whole_numbers_and_lists_are_taken() -> None:
+    network = make_network(compose("info", take_apart(["model.patch=[1,4,4]", "model.reference_rate=6", "model.mlp_ratio=3"])))
+    assert network.transformer.patch == Patch(1, 4, 4)
