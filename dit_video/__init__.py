@@ -1,8 +1,8 @@
 """dit_video: a research training framework for video diffusion transformers.
 
-    run = dit_video.load("runs/demo")
-    video = run.sample("a small red circle moves left", seed=7)  # uint8 T H W 3
-    print(run.evaluate().metrics["adherence.held_out.all"])
+run = dit_video.load("runs/demo")
+video = run.sample("a small red circle moves left", seed=7)  # uint8 T H W 3
+print(run.evaluate().metrics["adherence.held_out.all"])
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
 """A run's folder, and what is done with a trained one: load, sample, evaluate.
 
-    runs/<name>/config.yaml        the resolved config
-                metrics.jsonl      every number recorded in training
-                checkpoints/       verified, the newest last
-                samples/           made while training
-                evaluation/        clips of the latest evaluation, with index.jsonl
-                evaluation.json    every metric with value, interval and count
-                summary.json       what training took
-                report.html        all of it on one page
+runs/<name>/config.yaml        the resolved config
+            metrics.jsonl      every number recorded in training
+            checkpoints/       verified, the newest last
+            samples/           made while training
+            evaluation/        clips of the latest evaluation, with index.jsonl
+            evaluation.json    every metric with value, interval and count
+            summary.json       what training took
+            report.html        all of it on one page
 """
 
 import json
@@ -66,6 +66,7 @@ class Run:
         """Every metric of an evaluation (a config of conf/eval, or its name), written to the run's folder with the clips and the report."""
         if isinstance(protocol, str):
             protocol = compose("evaluate", take_apart([f"eval={protocol}", f"run={self.folder}"])).eval
+        assert isinstance(protocol, DictConfig)
         suites = {str(name): make(suite) for name, suite in protocol.suites.items()}
         metrics = {str(name): make(metric) for name, metric in protocol.metrics.items()}
         chosen = sampler or self.sampler
@@ -83,6 +84,9 @@ def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:
     if not path.is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml; set run to a folder such as runs/demo")
     config = read_yaml(path)
+    missing = [key for key in ("seed", "data", "text", "model", "objective", "sampler") if key not in config]
+    if missing:
+        raise ValueError(f"{path} is not a run's config: it has no {missing[0]}; set run to another folder")
     check_targets(config, ("dit_video", *trust))
     return config
 

@@ -45,7 +45,9 @@ def read_prompts(config: DictConfig) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; set prompts to a file of prompts") from error
+        raise ValueError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; set prompts to a file of prompts"
+        ) from error
     lines = [line.strip() for line in text.split("\n") if line.strip()]  # splitlines would cut a prompt at more than line ends
     if not lines:
         raise ValueError(f"{path} has no prompt in it; set prompts to another file")
@@ -59,7 +61,9 @@ def read_prompts(config: DictConfig) -> list[str]:
                 raise TypeError(f"it is {prompt!r}")
             found.append(prompt)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number} is not a JSON object with a "prompt": {error}; set prompts to another file') from error
+            raise ValueError(
+                f'{path}, line {number} is not a JSON object with a "prompt": {error}; set prompts to another file'
+            ) from error
     return found
 
 

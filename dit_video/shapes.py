@@ -57,13 +57,16 @@ def token_grid(num_frames: int, height: int, width: int, patch: Patch) -> Grid:
     return Grid(1 + (num_frames - 1) // patch.t, height // patch.h, width // patch.w)
 
 
+def grid_of(video: Tensor, patch: Patch) -> Grid:
+    """The token grid of a batch of videos `b T H W c`."""
+    return token_grid(video.shape[1], video.shape[2], video.shape[3], patch)
+
+
 def patchify(video: Float[Tensor, "b T H W c"], patch: Patch) -> Float[Tensor, "b n p"]:
     """Cuts a video into tokens; `unpatchify` is its exact inverse."""
-    token_grid(video.shape[1], video.shape[2], video.shape[3], patch)
+    grid_of(video, patch)
     padded = torch.nn.functional.pad(video, (0, 0, 0, 0, 0, 0, patch.t - 1, 0))  # zeros before the first frame
-    return rearrange(
-        padded, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=patch.t, ph=patch.h, pw=patch.w
-    )
+    return rearrange(padded, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=patch.t, ph=patch.h, pw=patch.w)
 
 
 def unpatchify(tokens: Float[Tensor, "b n p"], grid: Grid, patch: Patch) -> Float[Tensor, "b T H W c"]:
@@ -89,7 +92,9 @@ def token_places(grid: Grid, patch: Patch, fps: float, reference_rate: float) ->
     differ between clips and between training and sampling.
     """
     if fps <= 0 or reference_rate <= 0:
-        raise ValueError(f"fps and reference_rate must be positive, got {fps} and {reference_rate}; set fps or model.reference_rate")
+        raise ValueError(
+            f"fps and reference_rate must be positive, got {fps} and {reference_rate}; set fps or model.reference_rate"
+        )
     starts = torch.arange(grid.t, dtype=torch.float64) * patch.t + 1 - patch.t
     middle = starts + patch.t / 2
     middle[0] = 0.5  # the first token spans one frame

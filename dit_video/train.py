@@ -23,7 +23,7 @@ from dit_video.model.cost import flops_by_part
 from dit_video.model.layers import initialise
 from dit_video.runs import read_yaml, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
-from dit_video.shapes import Batch, token_grid
+from dit_video.shapes import Batch, grid_of, token_grid
 from dit_video.trainer import checkpoint
 from dit_video.trainer.callbacks.evaluation import Evaluating, ValidationLoss
 from dit_video.trainer.callbacks.losses import LossRecord
@@ -81,7 +81,9 @@ def check(config: DictConfig) -> None:
     make_sampler(config)
     make(config.optimisers)
     if config.accumulate > data.batch_size:
-        raise ValueError(f"a batch of {data.batch_size} clips has no {config.accumulate} parts; set accumulate or data.batch_size")
+        raise ValueError(
+            f"a batch of {data.batch_size} clips has no {config.accumulate} parts; set accumulate or data.batch_size"
+        )
 
 
 def find_run(folder: Path, config: DictConfig) -> Path | None:
@@ -152,7 +154,7 @@ def make_callbacks(
         return generate(make_trained(module.ema.network, module.objective), requests, sampler)
 
     def flops_per_clip(module: VideoDiffusion, batch: Batch) -> float:
-        grid = token_grid(*batch.video.shape[1:4], module.network.transformer.patch)
+        grid = grid_of(batch.video, module.network.transformer.patch)
         words = sum(len(caption.split()) for caption in batch.captions) // len(batch.captions)
         return 3 * sum(flops_by_part(module.network, grid, 1, words).values())
 

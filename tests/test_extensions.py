@@ -17,7 +17,9 @@ SMALL = [
 
 
 def dit_video(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "dit_video.cli", *words], cwd=FOLDER, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "dit_video.cli", *words], cwd=FOLDER, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -47,7 +49,9 @@ def test_a_new_attention_pattern_trains_and_a_new_metric_judges_it(data: Path, t
 
 @pytest.mark.slow
 def test_an_alignment_loss_through_a_tap_is_trained_and_recorded(data: Path, tmp_path: Path) -> None:
-    records = train(data, tmp_path, "aligned", "trust=alignment", "+objective/extra=alignment", "max_clips=640", "every.record=64")
+    records = train(
+        data, tmp_path, "aligned", "trust=alignment", "+objective/extra=alignment", "max_clips=640", "every.record=64"
+    )
     losses = [record["train/loss/extra/alignment"] for record in records if "train/loss/extra/alignment" in record]
     assert losses[-1] < 0.7 * losses[0]
 

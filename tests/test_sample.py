@@ -1,6 +1,7 @@
 """The sampling program: what is asked for on the command line lies in the folder that it names."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,6 @@ def test_any_length_and_size_is_made_exactly(trained_run: Path, tmp_path: Path, 
 
 
 def test_the_same_command_gives_the_same_bytes_in_the_same_place(trained_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = shutil.copytree(trained_run, tmp_path / "run")
     assert sample(run, None, "prompt=a red circle, slowly", "count=2") == 0
     (first,) = (run / "sampled").iterdir()
@@ -94,14 +93,16 @@ def test_solver_and_steps_change_what_is_drawn(trained_run: Path, tmp_path: Path
 
 
 def test_prompts_from_files(trained_run: Path, tmp_path: Path) -> None:
-    prompts = ["a red circle", 'it\'s = [a] "square", isn\'t it', "ünï\u2028☃"]
+    prompts = ["a red circle", "it's = [a] \"square\", isn't it", "ünï\u2028☃"]
     (tmp_path / "p.txt").write_text("\n\n".join(prompts) + "\r\n", encoding="utf-8")
     lines = [json.dumps({"prompt": prompt, "more": 1}, ensure_ascii=False) for prompt in prompts]
     (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name in ("p.txt", "p.jsonl"):
         out = tmp_path / f"out-{name}"
         assert sample(trained_run, out, f"prompts={tmp_path}/{name}", "count=2") == 0
-        assert [(line["prompt"], line["seed"]) for line in index(out)] == [(prompt, seed) for prompt in prompts for seed in (0, 1)]
+        assert [(line["prompt"], line["seed"]) for line in index(out)] == [
+            (prompt, seed) for prompt in prompts for seed in (0, 1)
+        ]
     first = (tmp_path / "out-p.txt" / "0002.mp4").read_bytes()
     assert sample(trained_run, tmp_path / "alone", f"prompt={prompts[1]}") == 0
     found, wanted = (read_video(video)[0].astype(int) for video in (first, (tmp_path / "alone" / "0000.mp4").read_bytes()))

@@ -16,8 +16,10 @@ import torch
 from omegaconf import OmegaConf
 from small_run import QUIET, SMALL, dit_video, files_of, records, same, tensors, train
 
+from dit_video.build import make_objective
 from dit_video.data.loader import ClipLoader
 from dit_video.data.video_file import read_video
+from dit_video.runs import Run
 from dit_video.shapes import Batch
 from dit_video.trainer import checkpoint
 
@@ -156,7 +158,12 @@ def test_what_lies_in_a_run_s_folder(trained_run: Path) -> None:
         assert sorted(path.name for path in samples.iterdir()) == ["000.mp4", "contact_sheet.png"]
         assert read_video(samples / "000.mp4")[0].shape == (9, 32, 32, 3)
     told = json.loads((trained_run / "summary.json").read_text())
-    assert {key: told[key] for key in ("name", "clips", "steps", "seed")} == {"name": "trained", "clips": 160, "steps": 20, "seed": 0}
+    assert {key: told[key] for key in ("name", "clips", "steps", "seed")} == {
+        "name": "trained",
+        "clips": 160,
+        "steps": 20,
+        "seed": 0,
+    }
     assert told["training_wall_seconds"] > 0 and told["training_core_seconds"] > 0 and told["parameters"] > 10_000
     assert {"commit", "device", "torch", "finished"} <= told.keys()
     report = (trained_run / "report.html").read_text()
@@ -195,15 +202,11 @@ def first_loss(run: Path) -> float:
 def test_a_warm_start_onto_the_same_shape_has_the_source_s_loss(
     trained_run: Path, world_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dit_video.runs import Run
-
     exact = ("trainer.precision=32-true", "every.record=8", f"init_from={trained_run}")
     caplog.set_level("INFO")
     assert train(world_shards, tmp_path, "again", "max_clips=8", *exact) == 0
     run = Run(trained_run)
     batch = next(ClipLoader(f"{world_shards}/*.tar", 8, 9, 32, 32, 8, decoder="pyav").batches())
-    from dit_video.build import make_objective
-
     with torch.no_grad():
         transformer = run.trained.network.transformer
         losses = make_objective(run.config)(run.trained.network, batch, transformer.patch, transformer.reference_rate)
@@ -291,7 +294,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_the_next_goes_on(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
     assert "could not save" in line and "step-00000006" in line and "earlier checkpoints are untouched" in line
-    assert files_of(run / "checkpoints") == kept and sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003"]
+    assert files_of(run / "checkpoints") == kept and sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000003"
+    ]
     assert train(world_shards, tmp_path, "run", *LENGTH) == 0
     assert same(tensors(run), tensors(straight))
     assert recorded(run) == recorded(straight)

@@ -80,7 +80,9 @@ class Flash:
         lengths: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b heads n e"]:
         if query.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"flash attention takes float16 or bfloat16, got {query.dtype}; set trainer.precision=bf16 or model/attention=sdpa")
+            raise ValueError(
+                f"flash attention takes float16 or bfloat16, got {query.dtype}; set trainer.precision=bf16 or model/attention=sdpa"
+            )
         signature = (query.dtype, query.shape[-1])
         if signature not in self.checked:
             self._check(query.dtype, query.shape[-1], query.shape[1], query.device)
@@ -108,19 +110,29 @@ class Flash:
     @torch.no_grad()
     def _check(self, dtype: torch.dtype, head_dim: int, heads: int, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        query, key, value = (torch.randn(2, heads, 70, head_dim, generator=generator, device=device, dtype=dtype) for _ in range(3))
+        query, key, value = (
+            torch.randn(2, heads, 70, head_dim, generator=generator, device=device, dtype=dtype) for _ in range(3)
+        )
         lengths = torch.tensor([70, 41], device=device)
         wanted = sdpa(query.float(), key.float(), value.float(), lengths=lengths)
         error = (self._run(query, key, value, lengths).float() - wanted).abs().max().item()
         if not error < 0.02:
-            raise RuntimeError(f"{self.name} differs from torch's attention by {error:.3g} on a small example; set model/attention=sdpa")
+            raise RuntimeError(
+                f"{self.name} differs from torch's attention by {error:.3g} on a small example; set model/attention=sdpa"
+            )
         log.info("%s agrees with torch's attention within %.1e", self.name, error)
 
 
 def _find_flash() -> tuple:
-    for module, name in (("flash_attn.cute", "flash-attn 4"), ("flash_attn_interface", "flash-attn 3"), ("flash_attn", "flash-attn 2")):
+    for module, name in (
+        ("flash_attn.cute", "flash-attn 4"),
+        ("flash_attn_interface", "flash-attn 3"),
+        ("flash_attn", "flash-attn 2"),
+    ):
         try:
             return importlib.import_module(module).flash_attn_varlen_func, name
         except (ImportError, AttributeError):
             continue
-    raise ValueError("model/attention=flash needs flash-attn (pip install dit-video[flash] on a CUDA machine); set model/attention=sdpa")
+    raise ValueError(
+        "model/attention=flash needs flash-attn (pip install dit-video[flash] on a CUDA machine); set model/attention=sdpa"
+    )

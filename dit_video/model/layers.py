@@ -18,7 +18,9 @@ def seeded(*parts: object) -> torch.Generator:
 
 def learned(*shape: int, std: float = 0.0, mean: float | Tensor = 0.0) -> nn.Parameter:
     """A parameter that carries its initialisation: normal with std around mean."""
-    return _rule(nn.Parameter(torch.empty(shape)), std, mean)
+    parameter = nn.Parameter(torch.empty(shape))
+    _rule(parameter, std, mean)
+    return parameter
 
 
 class Linear(nn.Linear):
@@ -40,9 +42,8 @@ def linear(inputs: int, outputs: int, bias: bool = False, std: float | None = No
     return layer
 
 
-def _rule(parameter: nn.Parameter, std: float, mean: float | Tensor) -> nn.Parameter:
+def _rule(parameter: Tensor, std: float, mean: float | Tensor) -> None:
     parameter.initial = (std, mean)  # type: ignore[attr-defined]
-    return parameter
 
 
 @torch.no_grad()

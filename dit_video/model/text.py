@@ -104,7 +104,9 @@ class TextLayer(nn.Module):
         self.mlp = SwiGLU(dim, 2 * dim)
 
     def forward(self, states: Tensor, lengths: Tensor) -> Tensor:
-        query, key, value = rearrange(self.qkv(self.norm(states)), "b l (three heads e) -> three b heads l e", three=3, heads=self.heads)
+        query, key, value = rearrange(
+            self.qkv(self.norm(states)), "b l (three heads e) -> three b heads l e", three=3, heads=self.heads
+        )
         answer = math(query, key, value, lengths=lengths)
         states = states + self.out(rearrange(answer, "b heads l e -> b l (heads e)"))
         return states + self.mlp(self.mlp_norm(states))

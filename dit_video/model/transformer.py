@@ -6,7 +6,7 @@ Each stream owns its patch embedding, projections, norms, MLP and modulation, an
 of attention. What the values mean (clean, velocity or noise) is the objective's business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,9 +98,10 @@ class StreamBlock(nn.Module):
         self.offset = learned(6, width, mean=torch.tensor([[0.0], [0], [1], [0], [0], [1]], device="cpu"))
 
     def ask(self, hidden: Float[Tensor, "b n d"], turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query_key, value = rearrange(self.qkv(hidden), "b n (three heads e) -> b n three heads e", three=3, heads=self.heads).split((2, 1), dim=2)
-        query_key = rotate(self.query_key_norm(query_key), turn)
-        return tuple(rearrange(x, "b n heads e -> b heads n e") for x in (*query_key.unbind(2), value[:, :, 0]))  # type: ignore[return-value]
+        parts = rearrange(self.qkv(hidden), "b n (three heads e) -> b n three heads e", three=3, heads=self.heads)
+        query_key = rotate(self.query_key_norm(parts[:, :, :2]), turn)
+        query, key, value = *query_key.unbind(2), parts[:, :, 2]
+        return tuple(rearrange(x, "b n heads e -> b heads n e") for x in (query, key, value))  # type: ignore[return-value]
 
 
 class Block(nn.Module):
@@ -112,7 +113,7 @@ class Block(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.text, self.attend = heads, text, attend
-        self.streams = nn.ModuleDict(
+        self.streams: Mapping[str, StreamBlock] = nn.ModuleDict(  # type: ignore[assignment]
             {name: StreamBlock(spec.width, heads, head_dim, mlp_dim(spec.width, mlp_ratio)) for name, spec in streams.items()}
         )
         inner = heads * head_dim
@@ -120,13 +121,17 @@ class Block(nn.Module):
         self.context_key_value = linear(context_dim, 2 * inner, matrices=2)
         self.context_key_norm = RMSNorm(head_dim)
         if text == "cross":
-            self.cross = nn.ModuleDict({name: CrossQuery(spec.width, inner, heads) for name, spec in streams.items()})
+            self.cross: Mapping[str, CrossQuery] = nn.ModuleDict(  # type: ignore[assignment]
+                {name: CrossQuery(spec.width, inner, heads) for name, spec in streams.items()}
+            )
 
     def forward(
         self, hidden: dict[str, Tensor], tables: dict[str, Modulation], picks: dict[str, Tensor | None], turns: dict[str, Tensor],
         places: Float[Tensor, "b n 3"], context: Context,
     ) -> dict[str, Tensor]:  # fmt: skip
-        modulations = {name: per_token(tables[name] + part.offset.to(tables[name].dtype), picks[name]) for name, part in self.streams.items()}
+        modulations = {
+            name: per_token(tables[name] + part.offset.to(tables[name].dtype), picks[name]) for name, part in self.streams.items()
+        }
 
         # Attention branch: every stream asks, all answer.
         asked = []
@@ -150,7 +155,9 @@ class Block(nn.Module):
         for name, part in self.streams.items():
             _, _, _, shift, scale, gate = modulations[name]
             if self.text == "cross":
-                hidden = hidden | {name: hidden[name] + self.cross[name](hidden[name], context_key, context_value, context.lengths)}
+                hidden = hidden | {
+                    name: hidden[name] + self.cross[name](hidden[name], context_key, context_value, context.lengths)
+                }
             hidden = hidden | {name: torch.addcmul(hidden[name], gate, part.mlp(modulated_norm(hidden[name], shift, scale)))}
         return hidden
 
@@ -178,7 +185,7 @@ class CrossQuery(nn.Module):
 
 
 def mlp_dim(width: int, mlp_ratio: float) -> int:
-    """Hidden units of the SwiGLU MLP: two thirds of width * mlp_ratio, to the next multiple of 32, so that it costs what a plain MLP does."""
+    """Hidden units of the SwiGLU MLP: two thirds of width * mlp_ratio, up to a multiple of 32; it costs what a plain MLP does."""
     return -(-int(width * mlp_ratio * 2 / 3) // 32) * 32
 
 
@@ -210,8 +217,10 @@ class VideoTransformer(nn.Module):
         self.head_dim = head_dim or width // heads
         token_dim = self.patch.t * self.patch.h * self.patch.w * channels
         specs = {"video": StreamSpec(token_dim, width, control_dim)} | (other_streams or {})
-        self.ends = nn.ModuleDict({name: StreamEnds(spec, pooled_dim) for name, spec in specs.items()})
-        self.blocks = nn.ModuleList(
+        self.ends: Mapping[str, StreamEnds] = nn.ModuleDict(  # type: ignore[assignment]
+            {name: StreamEnds(spec, pooled_dim) for name, spec in specs.items()}
+        )
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(specs, heads, self.head_dim, mlp_ratio, context_dim, text, attention) for _ in range(depth)
         )
 
@@ -223,15 +232,21 @@ class VideoTransformer(nn.Module):
         A tap is "<block>.<stream>", such as "3.video": the states `b n d` of that stream after block 3, counted from 0.
         """
         self._check_taps(taps)
+        if streams.keys() != self.ends.keys():
+            raise ValueError(
+                f"the model has the streams {', '.join(self.ends)}, got {', '.join(streams)}; set model.other_streams"
+            )
         streams = {name: streams[name] for name in self.ends}  # in the model's order, whatever the caller's
         turns = {name: rotary(s.place, self.head_dim, self.rotary_theta) for name, s in streams.items()}
         places = torch.cat([s.place for s in streams.values()], dim=1) if len(streams) > 1 else streams["video"].place
         picks = {name: _pick(s) for name, s in streams.items()}
         embedded = {name: self.ends[name].levels(s, context.pooled) for name, s in streams.items()}  # b k d
-        tables = {name: rearrange(self.ends[name].modulation(e), "b k (six d) -> b k six d", six=6) for name, e in embedded.items()}
+        tables = {
+            name: rearrange(self.ends[name].modulation(e), "b k (six d) -> b k six d", six=6) for name, e in embedded.items()
+        }
         hidden = {name: self.ends[name].enter(s) for name, s in streams.items()}  # b n d
 
-        tapped = {}
+        tapped: dict[str, Tensor] = {}
         for number, block in enumerate(self.blocks):
             hidden = block(hidden, tables, picks, turns, places, context)
             tapped |= {tap: hidden[tap.split(".")[1]] for tap in taps if tap.split(".")[0] == str(number)}
@@ -260,7 +275,8 @@ def _check_sizes(width: int, depth: int, heads: int, head_dim: int | None, patch
     if head_dim is None and width % heads:
         raise ValueError(f"width {width} is not divisible by heads {heads}; set model.heads or model.width")
     if (head_dim or width // heads) % 2 or (head_dim or width // heads) < 6:
-        raise ValueError(f"rotary positions need an even head width of 6 or more, got {head_dim or width // heads}; set model.heads")
+        raise ValueError(
+            f"rotary positions need an even head width of 6 or more, got {head_dim or width // heads}; set model.heads"
+        )
     if text not in ("joint", "cross"):
         raise ValueError(f"text must be joint or cross, got {text!r}; set model.text")
-

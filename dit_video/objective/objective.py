@@ -1,6 +1,6 @@
 """The training objective: corrupt a batch of clips, ask the network, compare velocities on the tokens that were to be made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from dit_video.model.layers import seeded
 from dit_video.objective.levels import Levels
 from dit_video.objective.path import Prediction, mix, shift_for, shifted, target_of
 from dit_video.objective.tasks import Task, check_tasks, draw_task, given_tokens
-from dit_video.shapes import Batch, Grid, Patch, Stream, patchify, to_float, token_grid, token_places, token_values
+from dit_video.shapes import Batch, Grid, Patch, Stream, grid_of, patchify, to_float, token_places, token_values
 
 Network = Callable[[dict[str, Stream], Sequence[str | None], tuple[str, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
@@ -85,16 +85,16 @@ class Objective(nn.Module):
         self.tasks, self.levels, self.predict = tasks, levels, predict
         self.caption_dropout, self.given_noise, self.min_time = caption_dropout, given_noise, min_time
         self.base_tokens, self.seed = base_tokens, seed
-        self.extra = nn.ModuleDict(extra or {})  # type: ignore[arg-type]
+        self.extra: Mapping[str, ExtraLoss] = nn.ModuleDict(extra or {})  # type: ignore
 
     def forward(self, network: Network, batch: Batch, patch: Patch, reference_rate: float) -> Losses:
         corrupted = self.corrupt(batch, patch, reference_rate)
-        grid = token_grid(*batch.video.shape[1:4], patch)
+        grid = grid_of(batch.video, patch)
         return self.compare(network, batch, corrupted, grid)
 
     def corrupt(self, batch: Batch, patch: Patch, reference_rate: float, time: float | None = None) -> Corrupted:
         """Draws each clip's task, noise level, noise and caption dropout from (seed, slot); a given time replaces the level."""
-        grid = token_grid(*batch.video.shape[1:4], patch)
+        grid = grid_of(batch.video, patch)
         device = batch.video.device
         clean = patchify(to_float(batch.video), patch)
         real = repeat(token_values(grid, patch), "n pt -> n (pt values)", values=clean.shape[-1] // patch.t).to(device)

@@ -23,7 +23,11 @@ def mix(clean: Float[Tensor, "b n p"], noise: Float[Tensor, "b n p"], time: Floa
 
 
 def velocity_of(
-    output: Float[Tensor, "b n p"], noisy: Float[Tensor, "b n p"], time: Float[Tensor, "b n"], predict: Prediction, min_time: float
+    output: Float[Tensor, "b n p"],
+    noisy: Float[Tensor, "b n p"],
+    time: Float[Tensor, "b n"],
+    predict: Prediction,
+    min_time: float,
 ) -> Float[Tensor, "b n p"]:
     """The velocity that a network's output means.
 
@@ -48,7 +52,9 @@ def target_of(
     return noise - clean, 1.0
 
 
-def clean_of(noisy: Float[Tensor, "b n p"], velocity: Float[Tensor, "b n p"], time: Float[Tensor, "b n"]) -> Float[Tensor, "b n p"]:
+def clean_of(
+    noisy: Float[Tensor, "b n p"], velocity: Float[Tensor, "b n p"], time: Float[Tensor, "b n"]
+) -> Float[Tensor, "b n p"]:
     """The clean tokens that a velocity points at: noisy - t * velocity."""
     return noisy - time[..., None] * velocity
 

@@ -60,7 +60,9 @@ class FirstFrames:
 
     def places(self, num_given: int, token_frames: int, pt: int) -> list[int]:
         if num_given < 1 or (num_given - 1) % pt:
-            raise ValueError(f"the first frames are given in numbers of 1 + k * {pt}, got {num_given}; give another number of frames")
+            raise ValueError(
+                f"the first frames are given in numbers of 1 + k * {pt}, got {num_given}; give another number of frames"
+            )
         places = list(range(1 + (num_given - 1) // pt))
         if len(places) >= token_frames:
             raise ValueError(f"{num_given} given frames leave nothing to make; set num_frames to more than {num_given}")

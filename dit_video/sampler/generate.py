@@ -86,7 +86,9 @@ def check_request(request: Request, trained: Trained) -> None:
     trained.tasks[request.task].places(0 if given is None else len(given), grid.t, trained.patch.t)
     if given is not None and (given.dtype != np.uint8 or given.shape[1:] != (request.height, request.width, 3)):
         wanted = (len(given), request.height, request.width, 3)
-        raise ValueError(f"given frames must be uint8 of shape {wanted}, got {given.dtype} of {given.shape}; set height and width to theirs")
+        raise ValueError(
+            f"given frames must be uint8 of shape {wanted}, got {given.dtype} of {given.shape}; set height and width to theirs"
+        )
 
 
 @torch.no_grad()

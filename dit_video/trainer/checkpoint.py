@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(f"could not save {final}: {error}; earlier checkpoints are untouched; make room, or set runs to another disk") from error
+        raise OSError(
+            f"could not save {final}: {error}; earlier checkpoints are untouched; make room, or set runs to another disk"
+        ) from error
     _prune(folder, final, max(keep, 2))
     return final
 
@@ -128,8 +131,12 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) ->
     given = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted != given:
         names = sorted({*wanted, *given} - {name for name in wanted if wanted[name] == given.get(name)})
-        told = "; ".join(f"{name}: model {wanted.get(name, 'has none')}, checkpoint {given.get(name, 'has none')}" for name in names[:3])
-        raise CheckpointError(f"{source} is of another model ({len(names)} of {len(wanted)} tensors differ): {told}; set model, text or name")
+        told = "; ".join(
+            f"{name}: model {wanted.get(name, 'has none')}, checkpoint {given.get(name, 'has none')}" for name in names[:3]
+        )
+        raise CheckpointError(
+            f"{source} is of another model ({len(names)} of {len(wanted)} tensors differ): {told}; set model, text or name"
+        )
     module.load_state_dict(weights)
 
 
@@ -141,7 +148,7 @@ def warm_start(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[
     return {"kept": sorted(kept), "new": sorted(set(own) - set(kept)), "dropped": sorted(set(weights) - set(kept))}
 
 
-def optimiser_state(optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimiser_state(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """The optimiser's tensors by "<parameter>/<quantity>"."""
     return {
         f"{names[parameter]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -150,9 +157,9 @@ def optimiser_state(optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, 
     }
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]) -> None:
+def restore_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: dict[str, Tensor]) -> None:
     """Undoes optimiser_state."""
-    own = {names[p]: p for group in optimiser.param_groups for p in group["params"]}
+    own: dict[str, nn.Parameter] = {names[p]: p for group in optimiser.param_groups for p in group["params"]}
     for key, value in tensors.items():
         name, quantity = key.rsplit("/", 1)
         if name not in own:

@@ -48,7 +48,14 @@ class Spent:
         return _core_seconds() - self._core
 
 
-def fit(module: VideoDiffusion, batches: Any, callbacks: Sequence[L.Callback], loggers: list[Logger], hardware: Hardware, **options: Any) -> None:
+def fit(
+    module: VideoDiffusion,
+    batches: Any,
+    callbacks: Sequence[L.Callback],
+    loggers: list[Logger],
+    hardware: Hardware,
+    **options: Any,
+) -> None:
     """Trains until the batches end; `options` go to Lightning's Trainer as they are, such as a profiler."""
     _be_quiet()
     keep_memory()
@@ -84,5 +91,11 @@ def keep_memory() -> None:
 def _be_quiet() -> None:
     """Lightning's notices about what we do on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*is a wrapped model.*", ".*IterableDataset.*", ".*in eval mode.*", ".*LeafSpec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*is a wrapped model.*",
+        ".*IterableDataset.*",
+        ".*in eval mode.*",
+        ".*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message)

@@ -32,7 +32,9 @@ class Muon(torch.optim.Optimizer):
     iteration together.
     """
 
-    def __init__(self, parameters: list[tuple[nn.Parameter, int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, parameters: list[tuple[nn.Parameter, int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         groups = defaultdict(list)
         for parameter, matrices in parameters:
             groups[matrices].append(parameter)
@@ -93,7 +95,12 @@ class Optimisers:
         if not 0 <= decay_share <= 1:
             raise ValueError(f"decay_share must be in [0, 1], got {decay_share}; set optimisers.decay_share")
         self.muon_lr, self.adamw_lr, self.betas, self.momentum = muon_lr, adamw_lr, tuple(betas), momentum
-        self.weight_decay, self.warmup_clips, self.decay_share, self.clip_norm = weight_decay, warmup_clips, decay_share, clip_norm
+        self.weight_decay, self.warmup_clips, self.decay_share, self.clip_norm = (
+            weight_decay,
+            warmup_clips,
+            decay_share,
+            clip_norm,
+        )
 
     def build(self, module: nn.Module) -> dict[str, torch.optim.Optimizer]:
         """The optimisers of a module, by name."""
@@ -106,7 +113,9 @@ class Optimisers:
         }
         if hidden:
             assert self.muon_lr is not None
-            built["muon"] = Muon([(named[n], parts) for n, parts in hidden.items()], self.muon_lr, self.momentum, self.weight_decay)
+            built["muon"] = Muon(
+                [(named[n], parts) for n, parts in hidden.items()], self.muon_lr, self.momentum, self.weight_decay
+            )
         for optimiser in built.values():
             for group in optimiser.param_groups:
                 group["peak_lr"] = group["lr"]

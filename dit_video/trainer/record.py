@@ -88,7 +88,9 @@ class Mirror(Logger):
     def log_video(self, name: str, paths: list[str], captions: list[str], step: int) -> None:
         """Shows mp4 files, where the service can."""
         if isinstance(self.target, WandbLogger):
-            self._try("taking videos", self.target.log_video, name, paths, step=step, caption=captions, format=["mp4"] * len(paths))
+            self._try(
+                "taking videos", self.target.log_video, name, paths, step=step, caption=captions, format=["mp4"] * len(paths)
+            )
 
     def finalize(self, status: str) -> None:
         if self.target is not None:

@@ -66,7 +66,9 @@ def correctness() -> bool:
         for dtype, bound in ((torch.float32, 1e-2), (torch.bfloat16, 2e-2)):
             if name == "flash" and dtype == torch.float32:
                 continue
-            error = (function(query.to(dtype), key.to(dtype), value.to(dtype), None, lengths).double() - wanted).abs().max().item()
+            error = (
+                (function(query.to(dtype), key.to(dtype), value.to(dtype), None, lengths).double() - wanted).abs().max().item()
+            )
             good &= error < bound
             print(f"attention {name} {dtype}: largest error {error:.2e} {'PASS' if error < bound else 'FAIL'}")
     losses = {}
@@ -85,7 +87,11 @@ def speed() -> None:
     grid = token_grid(*CLIP, Patch(1, 4, 4))
     for size, (width, depth, heads) in SIZES.items():
         clips = batch(4)
-        nets = {name: network(width, depth, heads, function) for name, function in attentions().items() if name != "math" or size == "base"}
+        nets = {
+            name: network(width, depth, heads, function)
+            for name, function in attentions().items()
+            if name != "math" or size == "base"
+        }
         times: dict[str, list[float]] = {name: [] for name in nets}
         for repetition in range(8):
             for name, net in nets.items():

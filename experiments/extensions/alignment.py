@@ -28,9 +28,17 @@ class Alignment(nn.Module):
 
 def statistics(video: Tensor, grid: Grid) -> Tensor:
     """Means of the channels and of their gradients along time, height and width over each token's pixels, `b n 12`."""
-    gradients = torch.gradient(video, dim=(1, 2, 3)) if video.shape[1] > 1 else (torch.zeros_like(video), *torch.gradient(video, dim=(2, 3)))
+    gradients = (
+        torch.gradient(video, dim=(1, 2, 3))
+        if video.shape[1] > 1
+        else (torch.zeros_like(video), *torch.gradient(video, dim=(2, 3)))
+    )
     maps = torch.cat([video, *(gradient.abs() for gradient in gradients)], dim=-1)
     first, rest = maps[:, :1], maps[:, 1:]  # the first frame is a token frame of its own
-    later = reduce(rest, "b (t pt) (h ph) (w pw) c -> b t h w c", "mean", t=grid.t - 1, h=grid.h, w=grid.w) if grid.t > 1 else rest[:, :0, : grid.h, : grid.w]
+    later = (
+        reduce(rest, "b (t pt) (h ph) (w pw) c -> b t h w c", "mean", t=grid.t - 1, h=grid.h, w=grid.w)
+        if grid.t > 1
+        else rest[:, :0, : grid.h, : grid.w]
+    )
     start = reduce(first, "b t (h ph) (w pw) c -> b t h w c", "mean", h=grid.h, w=grid.w)
     return rearrange(torch.cat([start, later], dim=1), "b t h w c -> b (t h w) c")

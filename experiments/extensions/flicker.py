@@ -12,7 +12,9 @@ from dit_video.sampler.generate import Request
 class Flicker(Metric):
     """The mean absolute change of a frame's mean brightness to the next, in grey levels; 0 is steady."""
 
-    protocol = "mean over clips of the mean absolute change of mean brightness between neighbouring frames, bootstrap 95% interval"
+    protocol = (
+        "mean over clips of the mean absolute change of mean brightness between neighbouring frames, bootstrap 95% interval"
+    )
 
     def __init__(self, suites: Sequence[str] | None = None) -> None:
         self.suites = suites

@@ -64,14 +64,24 @@ def budgets() -> None:
     for name in names:
         summary = read_json(ROOT / "runs" / name / "summary.json")
         core = summary["training_core_seconds"]
-        line(1, f"{name} training", f"{core:.0f} core-seconds, {summary['training_wall_seconds']:.0f} s, {summary['clips']} clips", core <= 480)
+        line(
+            1,
+            f"{name} training",
+            f"{core:.0f} core-seconds, {summary['training_wall_seconds']:.0f} s, {summary['clips']} clips",
+            core <= 480,
+        )
         for field in ("all", "size", "colour", "shape", "motion"):
             seen, held_out = (metric(name, f"adherence.{split}.{field}") for split in ("seen", "held_out"))
             line(1, f"{name} {field}, seen | held out", f"{told(seen)} | {told(held_out)}")
     for split, wanted in (("seen", 0.95), ("held_out", 0.88)):
         values = [metric(name, f"adherence.{split}.all")["value"] for name in names]
         shown = ", ".join(f"{value:.4f}" for value in values)
-        line(1, f"world_quick {split}, mean of {len(values)} seeds", f"{np.mean(values):.4f} ({shown})", float(np.mean(values)) >= wanted)
+        line(
+            1,
+            f"world_quick {split}, mean of {len(values)} seeds",
+            f"{np.mean(values):.4f} ({shown})",
+            float(np.mean(values)) >= wanted,
+        )
     if not (ROOT / "runs/demo-good/evaluation.json").is_file():
         shell("make", "demo-good")
     core = read_json(ROOT / "runs/demo-good/summary.json")["training_core_seconds"]
@@ -104,7 +114,12 @@ def checker() -> None:
     for index in range(2000):
         rng, drawn = scene(11, index)
         right.append(passes(render(drawn), drawn, int(rng.integers(12, 19))))
-    line(2, "true clips that pass after H.264", f"{np.mean(right):.4f} of 2000, {len(sizes)} sizes and lengths", float(np.mean(right)) >= 0.995)
+    line(
+        2,
+        "true clips that pass after H.264",
+        f"{np.mean(right):.4f} of 2000, {len(sizes)} sizes and lengths",
+        float(np.mean(right)) >= 0.995,
+    )
     for name, breaker in BREAKERS.items():
         wrong, index = [], 0
         while len(wrong) < 200 and index < 2000:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from dit_video.data_tools.fetch import FILMS, Film, Package, fetch_films
 from dit_video.data_tools.footage import write_footage
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dit_video.data_tools.footage import caption, look, write_footage
-from dit_video.data_tools.shots import find_cuts, probe, read_frames
 
 from dit_video.data.loader import ClipLoader
 from dit_video.data.shards import ClipRecord, expand_shards, index_shards, read_attributes, read_member
 from dit_video.data.video_file import Video, read_video, write_mp4
+from dit_video.data_tools.footage import caption, look, write_footage
+from dit_video.data_tools.shots import find_cuts, probe, read_frames
 from dit_video.eval.continuation import ContinuationSuite
 
 FPS, HEIGHT, WIDTH, SHOT_FRAMES = 24, 64, 96, 40

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from dit_video.data_tools.world_shards import write_world
 
 from dit_video.data.video_file import read_video
+from dit_video.data_tools.world_shards import write_world
 from dit_video.world.checker import judge, read
 from dit_video.world.render import render
 from dit_video.world.state import Scene, is_held_out

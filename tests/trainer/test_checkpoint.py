@@ -20,8 +20,15 @@ from dit_video.trainer.optim import Optimisers
 
 def make(steps: int, size: int = 100) -> Checkpoint:
     values = torch.Generator().manual_seed(steps)
-    network = {"a.weight": torch.randn(size, 3, generator=values), "b": torch.arange(steps, steps + 5), "scalar": torch.tensor(2.5)}
-    ema = {"a.weight": torch.randn(size, 3, generator=values).to(torch.bfloat16), "turned": torch.randn(4, 6, generator=values).mT}
+    network = {
+        "a.weight": torch.randn(size, 3, generator=values),
+        "b": torch.arange(steps, steps + 5),
+        "scalar": torch.tensor(2.5),
+    }
+    ema = {
+        "a.weight": torch.randn(size, 3, generator=values).to(torch.bfloat16),
+        "turned": torch.randn(4, 6, generator=values).mT,
+    }
     return Checkpoint({"network": network, "ema": ema}, {"steps": steps, "clips": 8 * steps, "told": 'a "text", ünï'})
 
 

@@ -30,7 +30,9 @@ def test_the_start_is_forgotten_soon_and_a_rest_is_reached(make_network: Callabl
             parameter += 1.0
     for step in range(200):
         average.update(network, step)
-    gap = max(float((p - q).detach().abs().max()) for p, q in zip(network.parameters(), average.network.parameters(), strict=True))
+    gap = max(
+        float((p - q).detach().abs().max()) for p, q in zip(network.parameters(), average.network.parameters(), strict=True)
+    )
     assert gap < 1e-3  # a plain average of decay 0.998 would still be 0.67 away
 
 

@@ -30,7 +30,9 @@ def make_batch(clips: int = 6, weights: list[float] | None = None) -> Batch:
 def make_module(make_network: Callable[..., Any]) -> Make:
     def make(accumulate: int = 1, extra: dict[str, Any] | None = None, **recipe: Any) -> VideoDiffusion:
         objective = Objective({"t": TextToVideo(), "i": FirstFrames()}, LogitNormal(), extra=extra)
-        return VideoDiffusion(make_network(), objective, Optimisers(warmup_clips=0, **recipe), max_clips=1000, accumulate=accumulate)
+        return VideoDiffusion(
+            make_network(), objective, Optimisers(warmup_clips=0, **recipe), max_clips=1000, accumulate=accumulate
+        )
 
     return make
 

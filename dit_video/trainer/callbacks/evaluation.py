@@ -7,7 +7,7 @@ import lightning as L
 import torch
 
 from dit_video.eval.estimate import Estimate
-from dit_video.shapes import Batch, token_grid
+from dit_video.shapes import Batch, grid_of
 from dit_video.trainer.callbacks.every import EveryClips
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.record import record
@@ -32,7 +32,7 @@ class ValidationLoss(EveryClips):
         for batch in self.batches():
             batch = batch.to(module.device)
             patch = network.transformer.patch
-            grid = token_grid(*batch.video.shape[1:4], patch)
+            grid = grid_of(batch.video, patch)
             for level in LEVELS:
                 corrupted = objective.corrupt(batch, patch, network.transformer.reference_rate, time=level)
                 losses = objective.compare(network, batch, corrupted, grid)

@@ -31,8 +31,8 @@ class Monitor(EveryClips):
             self.before = {name: p.detach().clone() for name, p in pl_module.network.named_parameters()}
             self.watched = []
             for block in pl_module.network.transformer.blocks:
-                block.attend = Watched(block.attend)
-                self.watched.append(block.attend)
+                self.watched.append(Watched(block.attend))
+                block.attend = self.watched[-1]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: VideoDiffusion, outputs: Any, batch: Batch, batch_idx: int  # type: ignore[override]

@@ -28,7 +28,13 @@ class ProgressBar(L.Callback):
         self.started, self.clips_before = time.perf_counter(), pl_module.clips
         if not trainer.is_global_zero:
             return
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TextColumn("{task.fields[told]}"))
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("clips"),
+            TextColumn("{task.fields[told]}"),
+        )
         self.bar = Progress(*columns, TimeRemainingColumn())
         if self.bar.console.is_terminal:
             self.bar.start()

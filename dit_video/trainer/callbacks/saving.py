@@ -36,7 +36,7 @@ class Saving(EveryClips):
 
 def capture(module: VideoDiffusion) -> Checkpoint:
     """All that the next step depends on."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     tensors = {"network": dict(module.network.state_dict()), "ema": dict(module.ema.network.state_dict())}
     if len(module.objective.state_dict()):
         tensors["objective"] = dict(module.objective.state_dict())
@@ -51,7 +51,7 @@ def restore(module: VideoDiffusion, path: Path) -> None:
     parts: dict[str, Any] = {"network": module.network, "ema": module.ema.network}
     if len(module.objective.state_dict()):
         parts["objective"] = module.objective
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     missing = [name for name in (*parts, *(f"optimiser-{name}" for name in module.named_optimisers)) if name not in saved.tensors]
     if missing:
         raise CheckpointError(f"{path} has no {missing[0]}; it was saved by another kind of run; set name")
