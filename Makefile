@@ -55,7 +55,7 @@ demo-good: $(STAMP) ## the same with a larger budget: runs/demo-good/report.html
 demo-real: $(STAMP) ## fetch real footage, train on it and continue held-out frames: runs/demo-real/report.html
 	$(BIN)/dit-video data footage
 	$(BIN)/dit-video train experiment=footage name=demo-real
-	$(BIN)/dit-video evaluate run=runs/demo-real
+	$(BIN)/dit-video evaluate run=runs/demo-real eval=footage
 	@echo "open runs/demo-real/report.html"
 
 wheel: $(STAMP) ## build the wheel into dist/

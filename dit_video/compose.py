@@ -131,7 +131,7 @@ def set_texts(config: DictConfig, texts: Mapping[str, str]) -> None:
     """
     for typed, text in texts.items():
         key = typed.lstrip("+")
-        if key == typed and key not in config:
+        if key == typed and key not in config.keys():
             raise _unknown_key(key, _keys(config))
         if text == "???":
             raise UsageError(f"{key}=??? is how a config says that a value is missing; write another text")

@@ -85,3 +85,36 @@ def test_a_second_stream_from_the_command_line() -> None:
 def test_whole_numbers_and_lists_are_taken() -> None:
     network = make_network(compose("info", take_apart(["model.patch=[1,4,4]", "model.reference_rate=6", "model.mlp_ratio=3"])))
     assert network.transformer.patch == Patch(1, 4, 4)
+
+
+CHOICES = [
+    (group, option)
+    for group in (
+        "data", "text", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver", "optimisers", "eval",
+        "logger", "trainer", "experiment", "debug",
+    )
+    for option in options(group)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_every_choice_composes_and_builds(group: str, option: str) -> None:
+    from dit_video.build import make_objective, make_sampler
+    from dit_video.compose import check_targets
+
+    if (group, option) == ("model/attention", "flash"):
+        return  # see test_flash_is_built_where_it_can_be
+    config = compose("train", take_apart([f"{group}={option}", "data.shards=unused.tar"]))
+    check_targets(config)
+    assert all(parameter.is_meta for parameter in make_network(config).parameters())
+    assert make_objective(config).tasks
+    assert make_sampler(config).steps >= 1
+    assert make(config.optimisers).build(torch.nn.Linear(2, 2))
+    for part in ("suites", "metrics"):
+        assert all(make(entry) is not None for entry in config.eval[part].values())
+
+
+def test_every_yaml_of_a_group_is_tried_above() -> None:
+    tried = {f"{group}/{option}" for group, option in CHOICES}
+    found = {path.relative_to(conf_folder()).with_suffix("").as_posix() for path in conf_folder().rglob("*/*.yaml")}
+    assert found <= tried, found - tried

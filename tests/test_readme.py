@@ -1,0 +1,58 @@
+"""What the README names exists, and its commands run (on small data and a small model, with their own keys unchanged)."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from small_run import SMALL, dit_video, files_of, train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("dit-video")]
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command, comments=True)[1:]
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    named = re.findall(r"`((?:dit_video|conf|experiments|tests|data_tools)/[\w./-]+)`", README)
+    named += re.findall(r"\]\(([\w./-]+)\)", README)
+    assert len(named) >= 8
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([a-z]+(?:-[a-z]+)*)\b(?=[ `]|$)", "\n".join(BLOCKS))) <= targets
+
+
+def test_the_readme_has_commands_of_every_program() -> None:
+    assert {words_of(command)[0] for command in COMMANDS} == {"train", "sample", "evaluate", "info"}
+
+
+@pytest.mark.slow
+def test_the_commands_run(world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and lengths are cut down, so that seconds do; what the README types stays, and comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert train(world_shards, Path("runs"), "demo", "max_clips=16", "model.patch=[4,8,8]") == 0
+    (tmp_path / "prompts.txt").write_text("a small red circle moves left\na large blue square bounces\n")
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), (40, 40, 40)).save(tmp_path / "first.png")
+    few = ["eval.suites.seen.count=2", "eval.suites.held_out.count=2", "steps=1"]
+    for command in COMMANDS:
+        program, *words = words_of(command)
+        if "trust=" in command:
+            continue  # run by tests/test_extensions.py
+        if program == "train":
+            words = [word for word in words if not word.startswith("data")]
+            sizes = [word for word in SMALL if word.partition("=")[0] not in {given.partition("=")[0] for given in words}]
+            words += [*sizes, f"data.shards={world_shards}/*.tar", "max_clips=16"]
+        if program == "evaluate":
+            words += ["eval=world_small", *few]
+        before = files_of(tmp_path)
+        assert dit_video(program, *words) == 0, command
+        assert program == "info" or files_of(tmp_path) != before, command
