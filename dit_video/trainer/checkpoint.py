@@ -164,7 +164,7 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, s
         name, quantity = key.rsplit("/", 1)
         if name not in own:
             raise CheckpointError(f"the checkpoint's optimiser knows {name}, the model does not; set model or name")
-        optimiser.state[own[name]][quantity] = value.to(own[name].device) if value.ndim else value
+        optimiser.state[own[name]][quantity] = value.to(own[name].device)
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -45,15 +45,16 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         waiting: dict[tuple, list[tuple[nn.Parameter, Tensor, dict]]] = defaultdict(list)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
-                parts = ahead.unflatten(0, (group["matrices"], -1))
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                if "momentum" not in self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+            for parameter, move in zip(parameters, ahead, strict=True):
+                parts = move.unflatten(0, (group["matrices"], -1))
                 waiting[tuple(parts.shape[1:])].append((parameter, parts, group))
         for (rows, columns), members in waiting.items():
             moves = orthogonalise(torch.cat([parts for _, parts, _ in members])) * max(1, rows / columns) ** 0.5
@@ -109,7 +110,7 @@ class Optimisers:
         if self.muon_lr is None:
             hidden, rest = {}, [*hidden, *rest]
         built: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW([named[n] for n in rest], self.adamw_lr, self.betas, weight_decay=self.weight_decay)  # type: ignore[arg-type]
+            "adamw": torch.optim.AdamW([named[n] for n in rest], self.adamw_lr, self.betas, weight_decay=self.weight_decay, fused=True)  # type: ignore[arg-type]
         }
         if hidden:
             assert self.muon_lr is not None
