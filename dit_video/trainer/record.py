@@ -103,7 +103,12 @@ def wandb_mirror(folder: Path, project: str = "dit_video", mode: str = "offline"
     """Mirrors metrics and samples to Weights & Biases; offline, they wait in the run's folder for `wandb sync`."""
 
     def start() -> WandbLogger:
-        logger = WandbLogger(project=project, name=name or folder.name, save_dir=folder, offline=mode == "offline", mode=mode)
+        import wandb
+
+        quiet = wandb.Settings(silent=True)  # its summary is metrics.jsonl's, told twice
+        logger = WandbLogger(
+            project=project, name=name or folder.name, save_dir=folder, offline=mode == "offline", mode=mode, settings=quiet
+        )
         _ = logger.experiment  # starts the service now, so that a failure is known now
         return logger
 
