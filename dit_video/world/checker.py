@@ -21,15 +21,15 @@ from dit_video.world.state import COLOURS, EXTENTS, OUTLINES, SHAPES, SIZES, che
 MIN_CONTRAST = 60.0  # distance in RGB of an object from its background
 MAX_COLOUR_DISTANCE = 60.0  # of the object from the nearest colour of the world
 MAX_COLOUR_DRIFT = 42.0  # of a frame's object colour from the clip's
-MAX_AREA_DRIFT = 0.28  # of a frame's area from the clip's, as a share of it
+MAX_AREA_DRIFT = 0.25  # of a frame's area from the clip's, as a share of it
 AREA_RANGE = (0.7, 1.35)  # of the area that the size read has
 MAX_NOISE = 11.0  # grey levels, root mean square over the background
 MAX_BACKGROUND_DRIFT = 20.0  # of a frame's background colour from the clip's
-MAX_MISFIT = 0.18  # of the object from the shape read, as a share of the shape's energy
-MAX_SHAPE_DRIFT = 0.04  # by which another shape may fit a frame better
-MAX_TINT = 105.0  # between the object's halves, in RGB; halved chroma resolution alone makes up to 50
+MAX_MISFIT = 0.16  # of the object from the shape read, as a share of the shape's energy
+MAX_SHAPE_DRIFT = 0.03  # by which another shape may fit a frame better
+MAX_TINT = 95.0  # between the object's halves, in RGB; halved chroma resolution alone makes up to 50
 MAX_SOFTNESS = 1.5 / 32  # sides, as the sigma of a Gaussian blur
-MAX_RESIDUAL = 0.85 / 32  # sides, root mean square distance from the law of motion
+MAX_RESIDUAL = 1.0 / 32  # sides, root mean square distance from the law of motion
 MIN_MOVE = 0.1  # sides from first to last frame, less is still
 MAX_EDGE_GAP = 0.12  # sides between the object and the edge where it bounces
 
