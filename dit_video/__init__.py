@@ -5,6 +5,7 @@ video = run.sample("a small red circle moves left", seed=7)  # uint8 T H W 3
 print(run.evaluate().metrics["adherence.held_out.all"])
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from dit_video.runs import Run
 
 
-def load(run: "Path | str", device: str | None = None) -> "Run":
-    """Opens a trained run's folder for sampling and evaluation."""
+def load(run: "Path | str", trust: "Sequence[str]" = (), device: str | None = None) -> "Run":
+    """Opens a trained run's folder for sampling and evaluation; its config may call dit_video and the packages in `trust`."""
     from dit_video.runs import Run  # a second of imports that the command line's --help does not need
 
-    return Run(run, device=device)
+    return Run(run, trust, device)

@@ -26,7 +26,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-TEXT_KEYS = frozenset({"prompt", "negative_prompt", "image", "video", "prompts", "out", "init_from", "run", "name"})
+TEXT_KEYS = frozenset({"prompt", "negative_prompt", "image", "video", "prompts", "last_image", "out", "init_from", "run", "name"})
 """Keys whose value is taken letter by letter, never as Hydra's grammar, a number, a null or an interpolation."""
 
 

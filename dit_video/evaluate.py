@@ -23,8 +23,9 @@ def main(config: DictConfig) -> None:
 
 
 def chosen_sampler(run: Run, config: DictConfig) -> Sampler:
-    """The run's own sampler, but for what the command line says (steps, guidance, sampler/solver)."""
-    changes: dict[str, Any] = {key: config[key] for key in ("steps", "guidance") if config[key] is not None}
+    """The run's own sampler, but for what the command line says."""
+    keys = ("steps", "guidance", "interval", "rescale", "shift", "precision", "batch_size")
+    changes: dict[str, Any] = {key: config[key] for key in keys if config.get(key) is not None}
     if config.get("sampler", {}).get("solver"):
         changes["solver"] = make(config.sampler.solver)
     return replace(run.sampler, **changes)

@@ -1,6 +1,7 @@
 """A run's folder, and what is done with a trained one: load, sample, evaluate.
 
 runs/<name>/config.yaml        the resolved config
+            commits.txt        the code's commit at each start
             metrics.jsonl      every number recorded in training
             checkpoints/       verified, the newest last
             samples/           made while training
@@ -12,6 +13,7 @@ runs/<name>/config.yaml        the resolved config
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,9 +110,9 @@ def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
     ValueError where the folder holds videos that no index.jsonl lists: they are someone's.
     """
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9].mp4"):
-        old.unlink()
+    draft = folder / ".draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     lines = []
     for number, clip in enumerate(clips):
         name, request = f"{number:04d}.mp4", clip.request
@@ -122,9 +124,14 @@ def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
         if clip.judgement is not None:
             line["verdict"] = {"right": clip.judgement.right, "reason": clip.judgement.reason}
         lines.append(json.dumps(line))
-    write_text(folder / "index.jsonl", "".join(line + "\n" for line in lines))  # first: what is cut off can be made again
-    for number, clip in enumerate(clips):
-        write_mp4(folder / f"{number:04d}.mp4", clip.video, clip.request.fps)
+        write_mp4(draft / name, clip.video, request.fps)
+    # The earlier set goes only now that the new one is written.
+    write_text(folder / "index.jsonl", "".join(line + "\n" for line in lines))
+    for old in folder.glob("[0-9][0-9][0-9][0-9].mp4"):
+        old.unlink()
+    for new in draft.iterdir():
+        new.replace(folder / new.name)
+    draft.rmdir()
 
 
 def check_folder(folder: Path) -> None:
@@ -140,7 +147,8 @@ def describe(sampler: Sampler) -> str:
     solver = getattr(sampler.solver, "func", sampler.solver)
     return (
         f"{getattr(solver, '__name__', solver)} solver, {sampler.steps} steps, guidance {sampler.guidance:g} in time "
-        f"{sampler.interval[0]:g} to {sampler.interval[1]:g}, rescale {sampler.rescale:g}, averaged weights"
+        f"{sampler.interval[0]:g} to {sampler.interval[1]:g}, rescale {sampler.rescale:g}, times shifted "
+        f"{'as in training' if sampler.shift is None else f'by {sampler.shift:g}'}, {sampler.precision}, averaged weights"
     )
 
 

@@ -75,6 +75,10 @@ def make_request(run: Run, config: DictConfig, prompt: str, seed: int) -> Reques
         raise ValueError("an image and a video cannot both be given; leave image or video out")
     if config.image is not None:
         request.given, request.task = read_first_frame(config.image, request), "image_to_video"
+        if config.last_image is not None:
+            last = read_first_frame(config.last_image, request)
+            request.given = np.concatenate([request.given, *[last] * run.trained.patch.t])
+            request.task = "in_between"
     elif config.video is not None:
         request.given, request.task = read_given(run, config, request), "extend"
     if config.task is not None:

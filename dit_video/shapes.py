@@ -78,7 +78,7 @@ def unpatchify(tokens: Float[Tensor, "b n p"], grid: Grid, patch: Patch) -> Floa
     return padded[:, patch.t - 1 :]
 
 
-def token_values(grid: Grid, patch: Patch) -> Float[Tensor, "n pt"]:
+def real_slots(grid: Grid, patch: Patch) -> Float[Tensor, "n pt"]:
     """1 where a token's temporal slot holds a real frame, 0 where it is padding (the slots before the first frame)."""
     slots = torch.ones(grid.t, patch.t)
     slots[0, : patch.t - 1] = 0

@@ -4,7 +4,7 @@ import itertools
 import logging
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from dit_video.data.loader import ClipLoader
 from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
 from dit_video.eval.report import write_report
-from dit_video.model.cost import flops_by_part
+from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.layers import initialise
+from dit_video.model.text import split_words
 from dit_video.runs import read_yaml, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch, grid_of, token_grid
@@ -39,6 +40,12 @@ from dit_video.trainer.record import JsonlRecord
 
 log = logging.getLogger(__name__)
 
+BESIDE_TRAINING = {
+    "trust", "logger", "runs", "every", "eval", "sampler", "sample_prompts", "keep_checkpoints", "profile", "validation",
+    "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path",
+}  # fmt: skip
+"""Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
+
 
 def main(config: DictConfig) -> None:
     """Trains the run that a config describes, or what is left of it."""
@@ -51,6 +58,9 @@ def main(config: DictConfig) -> None:
     num_steps = max(-(-(config.max_clips - meta["clips"]) // config.data.batch_size), 0)
     if not num_steps:
         log.info("%s is already trained on %d clips; raise max_clips, or choose another name", folder, meta["clips"])
+        if not (folder / "summary.json").is_file():  # it was cut off between its last checkpoint and its end
+            write_json(folder / "summary.json", summary(config, meta, spent))
+            write_report(folder)
         return
     loader: ClipLoader = make(config.data, skipped_path=str(folder / "skipped.jsonl"))
     module = make_module(config, resume)
@@ -61,11 +71,11 @@ def main(config: DictConfig) -> None:
     for logger in loggers:
         logger.log_hyperparams(plain(config))
     hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
-    log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(module), config.max_clips, loader.num_clips)
+    log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(config), config.max_clips, loader.num_clips)
     fit(module, itertools.islice(loader.batches(meta["steps"]), num_steps), callbacks, loggers, hardware, **options)
     for logger in loggers:
         logger.finalize("success")
-    write_json(folder / "summary.json", summary(config, module, spent))
+    write_json(folder / "summary.json", summary(config, {"steps": module.steps, "clips": module.clips}, spent))
     log.info("%s: %d clips in %.0f s (%.0f core-seconds)", folder, module.clips, spent.wall_seconds, spent.core_seconds)
     write_report(folder)
 
@@ -77,9 +87,20 @@ def check(config: DictConfig) -> None:
     check_whole(config, 1, "max_clips", "accumulate", "data.batch_size", "validation.clips")
     check_whole(config, 0, "seed", *(f"every.{name}" for name in config.every))
     network, data = make_network(config), config.data
-    token_grid(data.num_frames, data.height, data.width, network.transformer.patch)
+    transformer = network.transformer
+    token_grid(data.num_frames, data.height, data.width, transformer.patch)
+    if transformer.channels != 3:
+        raise ValueError(f"videos have 3 channels, the model takes {transformer.channels}; set model.channels=3 and model.patch")
+    if list(transformer.ends) != ["video"]:
+        raise ValueError(
+            f"the data holds videos alone, the model has {', '.join(transformer.ends)}; set model.other_streams=null"
+        )
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {config.ema_decay}; set ema_decay")
+    make_objective(config)
     make_sampler(config)
     make(config.optimisers)
+    Hardware(**plain(config.trainer))
     if config.accumulate > data.batch_size:
         raise ValueError(
             f"a batch of {data.batch_size} clips has no {config.accumulate} parts; set accumulate or data.batch_size"
@@ -96,6 +117,11 @@ def find_run(folder: Path, config: DictConfig) -> Path | None:
                 f"{folder} was trained with another config ({'; '.join(changed[:5])}); choose another name, or init_from={folder}"
             )
         log.info("going on from %s", resume)
+        before = read_yaml(stored).max_clips
+        if before != config.max_clips:
+            log.warning(
+                "max_clips is %d, was %d: the learning rate follows the new length from here on", config.max_clips, before
+            )
     elif folder.is_dir() and any(folder.iterdir()) and not stored.is_file():
         raise ValueError(f"{folder} holds files, but no config.yaml that says of which run; set name or runs")
     return resume
@@ -108,11 +134,13 @@ def open_run(folder: Path, config: DictConfig, resume: Path | None) -> None:
         shutil.rmtree(folder / "samples", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    with (folder / "commits.txt").open("a") as file:
+        file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {commit()}\n")
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
     """The keys in which two configs differ, but for those that do not change what is trained."""
-    if key in ("trust", "logger", "runs", "max_clips"):
+    if key in BESIDE_TRAINING:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
@@ -155,8 +183,8 @@ def make_callbacks(
 
     def flops_per_clip(module: VideoDiffusion, batch: Batch) -> float:
         grid = grid_of(batch.video, module.network.transformer.patch)
-        words = sum(len(caption.split()) for caption in batch.captions) // len(batch.captions)
-        return 3 * sum(flops_by_part(module.network, grid, 1, words).values())
+        words = max(len(split_words(caption)) for caption in batch.captions)  # shorter captions are padded to this
+        return TRAINING * sum(flops_by_part(module.network, grid, 1, words).values())
 
     data = config.data
     requests = [
@@ -181,10 +209,16 @@ def make_callbacks(
         callbacks.append(Evaluating(every.evaluate, judge))
     if every.validate and config.validation.shards:
         clips = config.validation.clips
-        size = min(data.batch_size, clips)
-        held_out: ClipLoader = make(data, shards=config.validation.shards, num_workers=0, batch_size=size)
-        callbacks.append(ValidationLoss(every.validate, lambda: list(itertools.islice(held_out.batches(), clips // size))))
+        held_out: ClipLoader = make(data, shards=config.validation.shards, num_workers=0, max_clips=clips, random_start=False)
+        callbacks.append(ValidationLoss(every.validate, lambda: one_pass(held_out)))
     return [*callbacks, Saving(every.save, folder / "checkpoints", config.keep_checkpoints, resume, spent)]
+
+
+def one_pass(loader: ClipLoader) -> Iterator[Batch]:
+    """Every clip of a loader once: what the last batch holds of the next pass has weight zero."""
+    for batch in itertools.islice(loader.batches(), -(-loader.num_clips // loader.plan.batch_size)):
+        batch.weights = batch.weights * (batch.slots < loader.num_clips)
+        yield batch
 
 
 def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -196,36 +230,40 @@ def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:
     return {"profiler": step_profiler(folder)}
 
 
-def num_parameters(module: VideoDiffusion) -> int:
-    return sum(p.numel() for p in [*module.network.parameters(), *module.objective.parameters()])
+def num_parameters(config: DictConfig) -> int:
+    """How many parameters a run trains."""
+    return sum(p.numel() for p in [*make_network(config).parameters(), *make_objective(config).parameters()])
 
 
-def summary(config: DictConfig, module: VideoDiffusion, spent: Spent) -> dict[str, Any]:
+def summary(config: DictConfig, done: dict[str, Any], spent: Spent) -> dict[str, Any]:
     """What training took, with the parts of a resumed run up to the checkpoints it went on from."""
-    device = module.device.type
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return {
         "name": config.name,
         "training_wall_seconds": round(spent.wall_seconds, 1),
         "training_core_seconds": round(spent.core_seconds, 1),
-        "clips": module.clips,
-        "steps": module.steps,
-        "parameters": num_parameters(module),
+        "clips": done["clips"],
+        "steps": done["steps"],
+        "parameters": num_parameters(config),
         "seed": config.seed,
         "commit": commit(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
         "torch": str(torch.__version__),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def commit() -> str:
-    """The code's commit, with a plus where it was changed since; unknown outside a checkout."""
+    """The code's commit, with a plus where it was changed since; unknown where this file is in no checkout."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # an environment inside another repository is not a checkout of ours
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -33,10 +33,11 @@ def same_numbers_in_every_order() -> None:
 @pytest.fixture(scope="session")
 def make_network() -> Callable[..., "Network"]:
     """Makes a small network for keywords of VideoTransformer; every parameter is random, none zero as when training starts."""
-    from dit_video.model.layers import initialise, seeded
+    from dit_video.model.layers import initialise
     from dit_video.model.network import Network
     from dit_video.model.text import WordEncoder
     from dit_video.model.transformer import VideoTransformer
+    from dit_video.seeding import seeded
 
     def make(seed: int = 0, **sizes: Any) -> Network:
         standard = {"patch": (2, 4, 4), "width": 32, "depth": 2, "heads": 2, "context_dim": 16, "pooled_dim": 16}

@@ -133,7 +133,7 @@ def test_captions_that_are_none(bad_shards: Callable[..., Path], capsys: pytest.
 
 def test_one_bad_clip_is_left_out_and_on_record(bad_shards: Callable[..., Path]) -> None:
     shards = bad_shards(clip(0, mp4=b"no video"), clip(1, txt=""), *(clip(number) for number in range(2, 30)))
-    assert train(shards, shards.parent / "runs", "run", "max_clips=32", "+data.max_bad_fraction=0.2") == 0
+    assert train(shards, shards.parent / "runs", "run", "max_clips=32", "data.max_bad_fraction=0.2") == 0
     ledger = (shards.parent / "runs" / "run" / "skipped.jsonl").read_text().splitlines()
     assert sorted(re.findall(r'"key": "(\d+)"', "".join(ledger))) == ["00000", "00001"]
 

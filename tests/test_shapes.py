@@ -9,11 +9,11 @@ from dit_video.shapes import (
     Patch,
     Stream,
     patchify,
+    real_slots,
     to_float,
     to_uint8,
     token_grid,
     token_places,
-    token_values,
     unpatchify,
     valid_frames,
 )
@@ -72,7 +72,7 @@ def test_the_first_frame_fills_its_tokens_alone(patch: Patch) -> None:
     first = grid.h * grid.w
     assert torch.equal(tokens[:, :first], patchify(video[:, :1], patch))
     slots = tokens.unflatten(2, (patch.t, -1))
-    real = token_values(grid, patch)
+    real = real_slots(grid, patch)
     assert real.shape == (grid.num_tokens, patch.t)
     assert not slots[0][real == 0].any() and slots[0][real == 1].all()
     assert real.sum().item() == video.shape[1] * first

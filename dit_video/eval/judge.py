@@ -4,13 +4,12 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_video.data.video_file import write_mp4
 from dit_video.eval.estimate import Estimate
 from dit_video.sampler.generate import Request
 
@@ -126,28 +125,6 @@ def gallery(clips: Sequence[Clip], per_suite: int = 6, wrong: int = 2) -> list[C
         failed = [clip for clip in own[per_suite:] if clip.judgement and not clip.judgement.right][:wrong]
         shown += own[: per_suite - len(failed)] + failed
     return shown
-
-
-def write_gallery(clips: Sequence[Clip], folder: Path) -> None:
-    """Writes each clip as mp4 and index.jsonl, a line each: the request, and its verdict (right and reason, or null).
-
-    Clips of an earlier gallery in the folder are removed. ValueError for an odd height or width, which mp4 cannot hold.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.jsonl").unlink(missing_ok=True)
-    for old in folder.glob("clip-*.mp4"):
-        old.unlink()
-    lines = []
-    for number, clip in enumerate(clips):
-        name, request = f"clip-{number:04d}.mp4", clip.request
-        write_mp4(folder / name, clip.video, request.fps)
-        row = {"file": name, "suite": clip.suite, **{key: getattr(request, key) for key in _SHOWN}}
-        row["verdict"] = asdict(clip.judgement) if clip.judgement else None
-        lines.append(json.dumps(row) + "\n")
-    (folder / "index.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-_SHOWN = ("prompt", "seed", "height", "width", "num_frames", "fps", "task")
 
 
 def _plan(asked: Mapping[str, list[Request]], metrics: Mapping[str, Metric]) -> dict[str, list[str]]:

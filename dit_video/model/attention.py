@@ -117,7 +117,7 @@ class Flash:
         wanted = sdpa(query.float(), key.float(), value.float(), lengths=lengths)
         error = (self._run(query, key, value, lengths).float() - wanted).abs().max().item()
         if not error < 0.02:
-            raise RuntimeError(
+            raise ValueError(
                 f"{self.name} differs from torch's attention by {error:.3g} on a small example; set model/attention=sdpa"
             )
         log.info("%s agrees with torch's attention within %.1e", self.name, error)

@@ -1,6 +1,5 @@
 """The parts every network here is made of: rotary positions, modulation, SwiGLU, and initialisation by (seed, name)."""
 
-import hashlib
 import math
 
 import torch
@@ -9,11 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-def seeded(*parts: object) -> torch.Generator:
-    """A CPU generator whose stream depends on the given parts alone, such as (seed, slot, purpose)."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+from dit_video.seeding import seeded
 
 
 def learned(*shape: int, std: float = 0.0, mean: float | Tensor = 0.0) -> nn.Parameter:

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from dit_video.shapes import Context
 
 
 class TextEncoder(nn.Module):
-    """The seam for text encoders, learned or frozen: captions in, states `b l dim`, lengths and a pooled vector `b dim` out.
+    """The seam for text encoders, learned or frozen (see Frozen): captions in, states `b l dim`, lengths and a pooled vector `b dim` out.
 
     The caption None (dropped in training, or no negative prompt in sampling) and the empty caption become one learned null state.
     """
@@ -44,9 +45,32 @@ class TextEncoder(nn.Module):
             rows = torch.tensor([i for i, caption in enumerate(captions) if caption and caption.strip()], device=device)
             states = states.index_copy(0, rows, context.states.to(states.dtype))
             lengths = lengths.index_copy(0, rows, context.lengths)
-            assert context.pooled is not None
-            pooled = pooled.index_copy(0, rows, context.pooled.to(pooled.dtype))
+            if context.pooled is not None:
+                pooled = pooled.index_copy(0, rows, context.pooled.to(pooled.dtype))
         return Context(states, lengths, pooled)
+
+
+class Frozen:
+    """A pretrained module that is used and never trained, copied or saved; `load` makes it at its first use.
+
+    It hides from nn.Module on purpose: a network's parameters, averages and checkpoints are those of what is trained, and a network on
+    the meta device must not need the weights of its text encoder.
+    """
+
+    def __init__(self, load: Callable[[], nn.Module]) -> None:
+        self._load = load
+        self._module: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Frozen":
+        return self
+
+    @torch.no_grad()
+    def __call__(self, device: torch.device, *arguments: Any) -> Any:
+        """What the module gives on a device, without gradients."""
+        if self._module is None:
+            with torch.device("cpu"):
+                self._module = self._load().eval().requires_grad_(False)
+        return self._module.to(device)(*arguments)
 
 
 class WordEncoder(TextEncoder):

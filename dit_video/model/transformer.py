@@ -156,7 +156,7 @@ class Block(nn.Module):
             _, _, _, shift, scale, gate = modulations[name]
             if self.text == "cross":
                 hidden = hidden | {
-                    name: hidden[name] + self.cross[name](hidden[name], context_key, context_value, context.lengths)
+                    name: hidden[name] + self.cross[name](hidden[name], context_key, context_value, context.lengths, self.attend)
                 }
             hidden = hidden | {name: torch.addcmul(hidden[name], gate, part.mlp(modulated_norm(hidden[name], shift, scale)))}
         return hidden
@@ -178,9 +178,9 @@ class CrossQuery(nn.Module):
         self.query_norm = RMSNorm(inner // heads)
         self.out = linear(inner, width, std=0)
 
-    def forward(self, hidden: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, key: Tensor, value: Tensor, lengths: Tensor, attend: Attention) -> Tensor:
         query = self.query_norm(rearrange(self.query(self.norm(hidden)), "b n (heads e) -> b heads n e", heads=self.heads))
-        answer = attention_functions.sdpa(query, key, value, lengths=lengths)
+        answer = attend(query, key, value, None, lengths)
         return self.out(rearrange(answer, "b heads n e -> b n (heads e)"))
 
 

@@ -9,13 +9,13 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dit_video.model.layers import seeded
 from dit_video.objective.levels import Levels
 from dit_video.objective.path import Prediction, mix, shift_for, shifted, target_of
 from dit_video.objective.tasks import Task, check_tasks, draw_task, given_tokens
-from dit_video.shapes import Batch, Grid, Patch, Stream, grid_of, patchify, to_float, token_places, token_values
+from dit_video.seeding import seeded
+from dit_video.shapes import Batch, Grid, Patch, Stream, grid_of, patchify, real_slots, to_float, token_places
 
-Network = Callable[[dict[str, Stream], Sequence[str | None], tuple[str, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+Denoiser = Callable[[dict[str, Stream], Sequence[str | None], tuple[str, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         self.base_tokens, self.seed = base_tokens, seed
         self.extra: Mapping[str, ExtraLoss] = nn.ModuleDict(extra or {})  # type: ignore
 
-    def forward(self, network: Network, batch: Batch, patch: Patch, reference_rate: float) -> Losses:
+    def forward(self, network: Denoiser, batch: Batch, patch: Patch, reference_rate: float) -> Losses:
         corrupted = self.corrupt(batch, patch, reference_rate)
         grid = grid_of(batch.video, patch)
         return self.compare(network, batch, corrupted, grid)
@@ -97,14 +97,15 @@ class Objective(nn.Module):
         grid = grid_of(batch.video, patch)
         device = batch.video.device
         clean = patchify(to_float(batch.video), patch)
-        real = repeat(token_values(grid, patch), "n pt -> n (pt values)", values=clean.shape[-1] // patch.t).to(device)
+        real = repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=clean.shape[-1] // patch.t).to(device)
 
         tasks, given, times, captions = [], [], [], []
         noise = torch.empty(clean.shape)
         for row, slot in enumerate(batch.slots.tolist()):
             generator = seeded(self.seed, slot)
-            tasks.append(draw_task(self.tasks, generator))
-            given.append(given_tokens(self.tasks[tasks[-1]].draw(grid.t, generator), grid))
+            task = draw_task(self.tasks, generator)
+            given.append(given_tokens(self.tasks[task].draw(grid.t, generator), grid))
+            tasks.append(task if given[-1].any() else "text_to_video")  # what a clip of one frame always is
             shift = shift_for(int((~given[-1]).sum()), self.base_tokens)
             times.append(shifted(torch.tensor(self.levels.draw(generator)), shift))
             dropped = torch.rand((), generator=generator).item() < self.caption_dropout
@@ -118,7 +119,7 @@ class Objective(nn.Module):
         stream.values = mix(clean, noise, stream.level_per_token())
         return Corrupted(stream, captions, clean, noise, made_time, real, tasks)
 
-    def compare(self, network: Network, batch: Batch, corrupted: Corrupted, grid: Grid) -> Losses:
+    def compare(self, network: Denoiser, batch: Batch, corrupted: Corrupted, grid: Grid) -> Losses:
         """Asks the network about corrupted clips and gives the loss of each."""
         stream, made = corrupted.stream, corrupted.made
         taps = tuple(tap for loss in self.extra.values() for tap in loss.taps)
@@ -143,5 +144,5 @@ def video_stream(
     """The stream of a batch of clips: given tokens have the first of two noise levels, tokens to be made the second (both 0 so far)."""
     batch = values.shape[0]
     place = repeat(token_places(grid, patch, fps, reference_rate), "n place -> b n place", b=batch).to(values.device)
-    partial = repeat(token_values(grid, patch)[:, 0] == 0, "n -> b n", b=batch).to(values.device)
+    partial = repeat(real_slots(grid, patch)[:, 0] == 0, "n -> b n", b=batch).to(values.device)
     return Stream(values, place, torch.zeros(batch, 2, device=values.device), (~given).long(), given, partial)

@@ -1,8 +1,9 @@
 """From requests to videos: noise from each request's own seed, a solver, guidance, and the frames that were given, kept as they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,14 +11,14 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_video.model.layers import seeded
 from dit_video.model.network import Network
 from dit_video.objective.objective import video_stream
 from dit_video.objective.path import Prediction, mix, shift_for, shifted, velocity_of
 from dit_video.objective.tasks import Task, given_tokens
 from dit_video.sampler.guidance import guided
 from dit_video.sampler.solvers import Solver, Velocity, multistep
-from dit_video.shapes import Grid, Patch, Stream, patchify, to_float, to_uint8, token_grid, token_values, unpatchify, valid_frames
+from dit_video.seeding import seeded
+from dit_video.shapes import Grid, Patch, Stream, patchify, real_slots, to_float, to_uint8, token_grid, unpatchify, valid_frames
 
 
 @dataclass
@@ -51,13 +52,32 @@ class Sampler:
     rescale: float = 0.0  # of guided velocities, see guidance.py
     shift: float | None = None  # of the times toward noise; none: as in training
     solver: Solver = multistep
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the network; in bfloat16 a clip's last bits depend on its batch
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling takes at least 1 step, got {self.steps}; set steps")
-        if self.batch_size < 1:
-            raise ValueError(f"a batch holds at least 1 clip, got {self.batch_size}; set sampler.batch_size")
+        for name, least in {"steps": 1, "batch_size": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name} must be a whole number of at least {least}, got {value!r}; set {name} (in training sampler.{name})"
+                )
+        for name in ("guidance", "rescale", "shift"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+                raise ValueError(f"{name} must be a number, got {value!r}; set {name} (in training sampler.{name})")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must be in [0, 1], got {self.rescale}; set rescale (in training sampler.rescale)")
+        if self.shift is not None and self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {self.shift}; set shift (in training sampler.shift)")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise ValueError(
+                f"interval is two times in [0, 1], the lower first, got {self.interval}; set interval (in training sampler.interval)"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"precision must be float32 or bfloat16, got {self.precision!r}; set precision (in training sampler.precision)"
+            )
 
 
 @dataclass
@@ -83,7 +103,14 @@ def check_request(request: Request, trained: Trained) -> None:
         raise ValueError(f"fps must be positive, got {request.fps}; set fps")
     grid = _grid(request, trained.patch)
     given = request.given
-    trained.tasks[request.task].places(0 if given is None else len(given), grid.t, trained.patch.t)
+    if given is not None and given.ndim != 4:
+        raise ValueError(f"given frames are an array of frames, height, width and 3, got shape {given.shape}; give them so")
+    places = trained.tasks[request.task].places(0 if given is None else len(given), grid.t, trained.patch.t)
+    whole = valid_frames(request.num_frames, trained.patch.t)
+    if request.num_frames != whole and grid.t - 1 in places:
+        raise ValueError(
+            f"with the last frames given a clip cannot be trimmed to {request.num_frames} frames; set num_frames={whole}"
+        )
     if given is not None and (given.dtype != np.uint8 or given.shape[1:] != (request.height, request.width, 3)):
         wanted = (len(given), request.height, request.width, 3)
         raise ValueError(
@@ -125,7 +152,9 @@ def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> li
 
     told = _velocity(trained, stream, [request.prompt for request in requests], grid)
     untold = _velocity(trained, stream, [request.negative_prompt or None for request in requests], grid)
-    clean = sampler.solver(guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale), x, times)
+    velocity = guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale)
+    with torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision == "bfloat16"):
+        clean = sampler.solver(velocity, x, times)
     videos = to_uint8(unpatchify(clean, grid, patch)).cpu().numpy()
     return [video[: first.num_frames] for video in videos]
 
@@ -133,7 +162,7 @@ def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> li
 def starting_noise(seed: int, grid: Grid, patch: Patch, channels: int = 3) -> Float[Tensor, "n p"]:
     """The noise that a seed stands for, zero in the padding before the first frame."""
     noise = torch.randn(grid.num_tokens, patch.t * patch.h * patch.w * channels, generator=seeded(seed, "sample"))
-    return noise * repeat(token_values(grid, patch), "n pt -> n (pt values)", values=noise.shape[-1] // patch.t)
+    return noise * repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=noise.shape[-1] // patch.t)
 
 
 def _grid(request: Request, patch: Patch) -> Grid:
@@ -155,7 +184,7 @@ def _place_given(trained: Trained, requests: list[Request], noise: Tensor, grid:
 
 def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid) -> Velocity:
     """The network as a velocity of tokens at their times, for these captions."""
-    real = repeat(token_values(grid, trained.patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // trained.patch.t)
+    real = repeat(real_slots(grid, trained.patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // trained.patch.t)
     moves = real.to(stream.values.device) * ~stream.given[..., None]  # what is given stays, and so does the padding
     context = trained.network.text(captions)  # the same at every step
 

@@ -27,6 +27,16 @@ class Hardware:
     strategy: str = "auto"
     precision: str = "bf16-mixed"
 
+    def __post_init__(self) -> None:
+        if self.precision not in ("32-true", "bf16-mixed"):  # float16 would need its losses scaled
+            raise ValueError(f"precision must be 32-true or bf16-mixed, got {self.precision!r}; set trainer.precision")
+        if self.devices not in (1, "1") or self.num_nodes != 1:
+            raise ValueError(
+                f"training runs on one device so far, got {self.devices} on {self.num_nodes} nodes; set trainer.devices=1"
+            )
+        if self.accelerator not in ("cpu", "gpu", "cuda", "mps", "auto"):
+            raise ValueError(f"accelerator must be cpu, gpu, mps or auto, got {self.accelerator!r}; set trainer.accelerator")
+
 
 class Spent:
     """What a piece of work has taken since this was made, and what earlier parts of it took."""

@@ -95,7 +95,7 @@ class Optimisers:
     ) -> None:
         if not 0 <= decay_share <= 1:
             raise ValueError(f"decay_share must be in [0, 1], got {decay_share}; set optimisers.decay_share")
-        self.muon_lr, self.adamw_lr, self.betas, self.momentum = muon_lr, adamw_lr, tuple(betas), momentum
+        self.muon_lr, self.adamw_lr, self.betas, self.momentum = muon_lr, adamw_lr, (betas[0], betas[1]), momentum
         self.weight_decay, self.warmup_clips, self.decay_share, self.clip_norm = (
             weight_decay,
             warmup_clips,
@@ -110,7 +110,9 @@ class Optimisers:
         if self.muon_lr is None:
             hidden, rest = {}, [*hidden, *rest]
         built: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW([named[n] for n in rest], self.adamw_lr, self.betas, weight_decay=self.weight_decay, fused=True)  # type: ignore[arg-type]
+            "adamw": torch.optim.AdamW(
+                [named[n] for n in rest], self.adamw_lr, self.betas, weight_decay=self.weight_decay, fused=True
+            )  # type: ignore[arg-type]
         }
         if hidden:
             assert self.muon_lr is not None

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from dit_video.data.video_file import write_mp4
 from dit_video.eval.estimate import wilson
-from dit_video.eval.judge import Clip, Evaluation, Judgement, write_gallery
+from dit_video.eval.judge import Clip, Evaluation, Judgement
 from dit_video.eval.report import write_report
-from dit_video.sampler.generate import Request
+from dit_video.runs import write_clips
+from dit_video.sampler.generate import Request, Sampler
 
 ATTACK = "<script>alert('x')</script>\" onload=\"alert(1)"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -63,7 +65,7 @@ def run_dir(tmp_path):
         Clip(ATTACK, Request("a street", 2, 3, 32, 32, 8.0), np.full((3, 32, 32, 3), 90, np.uint8)),
     ]
     Evaluation({"metric.adherence": f"protocol {ATTACK}", "suite.seen": ATTACK}, estimates, clips).write(run / "evaluation.json")
-    write_gallery(clips, run / "evaluation")
+    write_clips(run / "evaluation", clips, Sampler())
     rows = [
         {
             "step": step,
@@ -148,16 +150,8 @@ def test_only_clips_of_the_gallery_are_embedded(run_dir):
 def test_report_stays_small(run_dir):
     noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
     clips = [Clip("noise", Request("noise", number, 9, 64, 64, 8.0), noise) for number in range(80)]
-    write_gallery(clips, run_dir / "evaluation")
+    shutil.rmtree(run_dir / "evaluation", ignore_errors=True)
+    write_clips(run_dir / "evaluation", clips, Sampler())
     report = write_report(run_dir)
     assert report.stat().st_size < 5_000_000
     assert "more clips are not shown" in report.read_text(encoding="utf-8")
-
-
-def test_gallery_replaces_an_earlier_one(tmp_path):
-    clips = [Clip("a", Request(str(number), number, 3, 32, 32, 8.0), np.zeros((3, 32, 32, 3), np.uint8)) for number in range(3)]
-    write_gallery(clips, tmp_path)
-    write_gallery(clips[:1], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip-0000.mp4", "index.jsonl"]
-    row = json.loads((tmp_path / "index.jsonl").read_text())
-    assert row["prompt"] == "0" and row["verdict"] is None and row["num_frames"] == 3

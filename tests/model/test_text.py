@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dit_video.model.layers import initialise
-from dit_video.model.text import TextEncoder, WordEncoder, hash_word, split_words
+from dit_video.model.text import Frozen, TextEncoder, WordEncoder, hash_word, split_words
+from dit_video.shapes import Context
 
 TEXTS = [
     "a small red circle moves left",
@@ -104,3 +105,34 @@ def test_an_encoder_of_ones_own_needs_encode() -> None:
     assert encoder([None]).states.shape == (1, 1, 4)
     with pytest.raises(NotImplementedError):
         encoder(["text"])
+
+
+class FrozenStub(TextEncoder):
+    """A frozen encoder as issue-sized ones are: pretrained weights outside of the network's own."""
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__(dim)
+        self.pretrained = Frozen(lambda: torch.nn.Embedding(256, dim))
+
+    def encode(self, captions: list[str]) -> Context:
+        codes = [torch.tensor(list(caption.encode()[:8])) for caption in captions]
+        lengths = torch.tensor([len(code) for code in codes])
+        padded = torch.nn.utils.rnn.pad_sequence(codes, batch_first=True)
+        return Context(self.pretrained(padded.device, padded), lengths)
+
+
+def test_a_frozen_encoder_is_used_but_not_trained_copied_or_saved() -> None:
+    import copy
+
+    from dit_video.model.layers import initialise
+
+    with torch.device("meta"):
+        encoder = FrozenStub()
+    initialise(encoder, 0)
+    assert set(encoder.state_dict()) == {"null_state", "null_pooled"}
+    context = encoder(["a red circle", None])
+    assert context.states.shape == (2, 8, 16) and context.lengths.tolist() == [8, 1]
+    assert not encoder.pretrained(torch.device("cpu"), torch.tensor([1])).requires_grad
+    twin = copy.deepcopy(encoder)
+    assert twin.pretrained is encoder.pretrained
+    assert torch.equal(twin(["a red circle"]).states, context.states[:1])

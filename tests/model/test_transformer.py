@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from dit_video.model import attention
-from dit_video.model.layers import initialise, seeded
+from dit_video.model.layers import initialise
 from dit_video.model.network import Network
 from dit_video.model.text import WordEncoder
 from dit_video.model.transformer import StreamSpec, VideoTransformer, mlp_dim
-from dit_video.shapes import Context, Grid, Patch, Stream, token_grid, token_places, token_values
+from dit_video.seeding import seeded
+from dit_video.shapes import Context, Grid, Patch, Stream, real_slots, token_grid, token_places
 
 PATCH = Patch(2, 4, 4)
 GRID = token_grid(5, 8, 12, PATCH)
@@ -30,7 +31,7 @@ def stream_of(batch: int = 3, num_levels: int = 2, seed: int = 0, grid: Grid = G
         torch.rand(batch, num_levels, generator=generator),
         index,
         index == 0,
-        (token_values(grid, PATCH)[:, 0] == 0).expand(batch, -1),
+        (real_slots(grid, PATCH)[:, 0] == 0).expand(batch, -1),
     )
 
 

@@ -5,8 +5,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from dit_video.model.layers import seeded
 from dit_video.objective.levels import LogitNormal, Uniform
+from dit_video.seeding import seeded
 
 
 def draws(levels: Uniform | LogitNormal, count: int = 4000) -> torch.Tensor:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dit_video.model.layers import seeded
 from dit_video.objective.tasks import FirstFrames, InBetween, Task, TextToVideo, check_tasks, draw_task, given_tokens
+from dit_video.seeding import seeded
 from dit_video.shapes import Grid
 
 EVERY = [TextToVideo(), FirstFrames(), FirstFrames(1, 2, 3), FirstFrames(1, 1, 100), InBetween()]

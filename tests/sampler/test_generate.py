@@ -17,7 +17,7 @@ from dit_video.objective.path import Prediction
 from dit_video.objective.tasks import FirstFrames, InBetween, TextToVideo
 from dit_video.sampler.generate import Request, Sampler, Trained, check_request, generate, starting_noise
 from dit_video.sampler.solvers import euler, heun, multistep
-from dit_video.shapes import Batch, Grid, Patch, Stream, patchify, to_float, token_values, unpatchify
+from dit_video.shapes import Batch, Grid, Patch, Stream, patchify, real_slots, to_float, unpatchify
 
 PATCH = Patch(2, 4, 4)
 TASKS = {
@@ -56,7 +56,7 @@ def test_noise_comes_from_the_seed_alone() -> None:
     one = starting_noise(7, grid, PATCH)
     torch.manual_seed(5)
     assert torch.equal(starting_noise(7, grid, PATCH), one) and not torch.equal(starting_noise(8, grid, PATCH), one)
-    real = token_values(grid, PATCH).repeat_interleave(48, dim=1).bool()
+    real = real_slots(grid, PATCH).repeat_interleave(48, dim=1).bool()
     assert not one[~real].any() and one[real].std().item() == pytest.approx(1, abs=0.05)
 
 
@@ -200,7 +200,7 @@ def test_given_noise_is_shown_to_the_network_and_to_nobody_else(make_network: Ca
 
 def test_what_is_not_made_has_no_velocity(trained: Trained) -> None:
     """Given tokens and the padding before the first frame, so that neither counts in guidance's rescaling."""
-    real = token_values(Grid(3, 2, 2), PATCH).repeat_interleave(48, dim=1).bool()
+    real = real_slots(Grid(3, 2, 2), PATCH).repeat_interleave(48, dim=1).bool()
 
     def look(velocity: Any, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         moved, made = velocity(x, times[1]), times[0] > 0
@@ -288,7 +288,7 @@ def test_a_request_that_cannot_be_met_is_refused_before_any_work(trained: Traine
         check_request(wrong, trained)
 
 
-@pytest.mark.parametrize(("arguments", "key"), [({"steps": 0}, "set steps"), ({"batch_size": 0}, "set sampler.batch_size")])
+@pytest.mark.parametrize(("arguments", "key"), [({"steps": 0}, "set steps"), ({"batch_size": 0}, "sampler.batch_size")])
 def test_a_sampler_that_cannot_be_is_refused(arguments: dict, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         Sampler(**arguments)

@@ -1,7 +1,7 @@
 """Numbers on held-out things while training goes on: the loss under fixed noise, and the metrics of an evaluation."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import lightning as L
 import torch
@@ -21,7 +21,7 @@ class ValidationLoss(EveryClips):
     Every clip is corrupted at each of the levels; val/loss is the plain mean over clips and levels, in velocity space.
     """
 
-    def __init__(self, every_clips: int, batches: Callable[[], Sequence[Batch]]) -> None:
+    def __init__(self, every_clips: int, batches: Callable[[], Iterable[Batch]]) -> None:
         super().__init__(every_clips)
         self.batches = batches
 
@@ -35,7 +35,8 @@ class ValidationLoss(EveryClips):
             grid = grid_of(batch.video, patch)
             for level in LEVELS:
                 corrupted = objective.corrupt(batch, patch, network.transformer.reference_rate, time=level)
-                losses = objective.compare(network, batch, corrupted, grid)
+                with trainer.strategy.precision_plugin.forward_context():
+                    losses = objective.compare(network, batch, corrupted, grid)
                 for loss, task, weight in zip(losses.velocity.tolist(), losses.tasks, batch.weights.tolist(), strict=True):
                     for name in ("", f"/level/{level}", f"/task/{task}"):
                         values[f"val/loss{name}"] += [loss] * (weight > 0)

@@ -1,13 +1,14 @@
 """Health of training: gradient norms, update-to-weight ratios and the largest attention logit."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from dit_video.model.attention import Attention
+from dit_video.model.attention import Attention, key_mask
 from dit_video.shapes import Batch
 from dit_video.trainer.callbacks.every import EveryClips
 from dit_video.trainer.module import VideoDiffusion
@@ -46,30 +47,43 @@ class Monitor(EveryClips):
     @torch.no_grad()
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
         assert self.before is not None
-        squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])  # of gradients, changes, weights
-        for name, parameter in module.network.named_parameters():
-            group = squares[group_of(name)]
-            group[0] += float(parameter.grad.square().sum()) if parameter.grad is not None else 0.0
-            group[1] += float((parameter - self.before[name]).square().sum())
-            group[2] += float(self.before[name].square().sum())
+        groups: dict[str, list[str]] = defaultdict(list)
+        named = dict(module.network.named_parameters())
+        for name in named:
+            groups[group_of(name)].append(name)
         metrics = {"grad/norm": float(module.gradient_norm)}
-        for name, (gradient, change, weight) in squares.items():
-            metrics[f"grad/norm/{name}"] = gradient**0.5
-            metrics[f"update/ratio/{name}"] = (change / max(weight, 1e-12)) ** 0.5
+        for group, names in groups.items():
+            before = [self.before[name] for name in names]
+            gradients = [gradient for name in names if (gradient := named[name].grad) is not None]
+            change = _norm(torch._foreach_sub([named[name].detach() for name in names], before))
+            metrics[f"grad/norm/{group}"] = _norm(gradients)
+            metrics[f"update/ratio/{group}"] = change / max(_norm(before), 1e-6)
         metrics["attention/largest_logit"] = max(watched.largest for watched in self.watched)
         record(trainer, module, metrics)
 
 
+NUM_QUERIES = 64  # that the largest logit is looked for among, evenly spread: all of a long clip's logits would not fit in memory
+
+
 class Watched:
-    """An attention function that keeps its largest logit."""
+    """An attention function that keeps its largest logit, padding left out."""
 
     def __init__(self, attend: Attention) -> None:
         self.attend, self.largest = attend, 0.0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, places: Tensor | None, lengths: Tensor | None) -> Tensor:
         with torch.no_grad():
-            self.largest = max(self.largest, float((query @ key.mT).abs().max()) * query.shape[-1] ** -0.5)
+            some = query[:, :, :: -(-query.shape[2] // NUM_QUERIES)]
+            logits = (some @ key.mT).abs() * query.shape[-1] ** -0.5
+            if lengths is not None:
+                logits = logits.masked_fill(~key_mask(lengths, key.shape[2]), 0)
+            self.largest = max(self.largest, float(logits.max()))
         return self.attend(query, key, value, places, lengths)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    """The norm of all tensors as one vector."""
+    return float(torch.stack(torch._foreach_norm(list(tensors))).norm()) if tensors else 0.0
 
 
 def group_of(name: str) -> str:
