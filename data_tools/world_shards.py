@@ -34,12 +34,16 @@ class _Settings:
     shard_size: int
     num_prompts: int
     crf: int
+    validation_clips: int
     world_version: int = WORLD_VERSION
 
     def shards(self) -> dict[str, range]:
         """The numbers of the clips in each shard, by the shard's name."""
         starts = range(0, self.clips, self.shard_size)
-        return {f"{i:05d}.tar": range(start, min(start + self.shard_size, self.clips)) for i, start in enumerate(starts)}
+        found = {f"{i:05d}.tar": range(start, min(start + self.shard_size, self.clips)) for i, start in enumerate(starts)}
+        if self.validation_clips:
+            found["validation/00000.tar"] = range(self.clips, self.clips + self.validation_clips)
+        return found
 
 
 def write_world(
@@ -54,16 +58,19 @@ def write_world(
     shard_size: int = 1024,
     num_prompts: int = 512,
     crf: int = 12,
+    validation_clips: int = 0,
     workers: int | None = None,
 ) -> Path:
     """Writes shards of key.mp4 (H.264), key.txt (the caption) and key.json (the full state, what the caption states) into `out`.
 
     Beside them stand prompts_seen.jsonl and prompts_held_out.jsonl (fully specified; the latter of combinations that split
-    "train" never shows) and dataset.json, the settings. A clip depends on (seed, its number) and the settings alone; `workers`
+    "train" never shows), validation/00000.tar with validation_clips further clips, and dataset.json, the settings. A clip depends on (seed, its number) and the settings alone; `workers`
     (None: one a core) only on time. Shards that are there already are kept, so a second call does nothing. ValueError for
     settings that the world or the codec cannot draw, and for a folder that holds anything made with other settings.
     """
-    settings = _Settings(clips, seed, num_frames, height, width, float(fps), split, shard_size, num_prompts, crf)
+    settings = _Settings(
+        clips, seed, num_frames, height, width, float(fps), split, shard_size, num_prompts, crf, validation_clips
+    )
     _check(settings)
     out = Path(out)
     _claim(out, settings)
@@ -79,7 +86,7 @@ def write_world(
     done = 0
     for number in _write_all(out, missing, settings, workers):
         done += number
-    kept = clips - done
+    kept = clips + validation_clips - done
     print(f"{out}: wrote {done} clips of {num_frames}x{height}x{width}" + (f", kept {kept} that were there" if kept else ""))
     return out
 
@@ -154,6 +161,7 @@ def _write_shard(job: tuple[Path, range, _Settings]) -> int:
     """Writes one shard; it appears complete or not at all."""
     path, numbers, settings = job
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(exist_ok=True)
     try:
         with partial.open("wb") as file:
             with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:

@@ -43,16 +43,19 @@ class Adherence(WorldMetric):
     """Whether clips show what their prompts state, in all and attribute by attribute."""
 
     protocol = (
-        f"{CHECKER}, fraction of clips: all (every stated attribute right and the clip consistent), each attribute over "
-        "the prompts that state it, whether or not the clip is consistent; present (an object in every frame), consistent "
-        "(one object, unchanging, clear, on a plain background, moving by a law); 95% Wilson intervals."
+        f"{CHECKER}, fraction of clips: all (every stated attribute right, and one clear unchanging object on a plain "
+        "background in every frame), each attribute over the prompts that state it, present (an object in every frame), consistent "
+        "(such an object, within a 32nd of the frame's side of a law of motion that turns at the frame's edge), strict (all and "
+        "consistent); 95% Wilson intervals."
     )
 
     def __call__(self, requests: Sequence[Request], videos: Sequence[np.ndarray]) -> dict[str, Estimate]:
-        """Fields all, those of size, colour, shape and motion that some prompt states, present and consistent."""
-        outcomes: dict[str, list[bool]] = {"all": [], **{name: [] for name in ATTRIBUTES}, "present": [], "consistent": []}
+        """Fields all, those of size, colour, shape and motion that some prompt states, present, consistent and strict."""
+        names = ("all", *ATTRIBUTES, "present", "consistent", "strict")
+        outcomes: dict[str, list[bool]] = {name: [] for name in names}
         for reading, verdict in _readings(requests, videos):
-            outcomes["all"].append(verdict.all)
+            outcomes["all"].append(verdict.as_told)
+            outcomes["strict"].append(verdict.all)
             outcomes["present"].append(not reading.disappeared)
             outcomes["consistent"].append(verdict.consistent)
             for name, right in verdict.right.items():
@@ -62,7 +65,7 @@ class Adherence(WorldMetric):
     def judgements(self, requests: Sequence[Request], videos: Sequence[np.ndarray]) -> list[Judgement]:
         """What is wrong with each clip, in the checker's words."""
         return [
-            Judgement(verdict.all, "; ".join(verdict.reasons) or _stated(request))
+            Judgement(verdict.as_told, "; ".join(verdict.reasons) or _stated(request))
             for request, (_, verdict) in zip(requests, _readings(requests, videos), strict=True)
         ]
 
@@ -84,7 +87,7 @@ class CaptionChange(WorldMetric):
         pairs = list(_pairs([verdict for _, verdict in _readings(requests, videos)]))
         return {
             "motion": fraction([one.right["motion"] and two.right["motion"] for one, two in pairs]),
-            "all": fraction([one.all and two.all for one, two in pairs]),
+            "all": fraction([one.as_told and two.as_told for one, two in pairs]),
         }
 
 
