@@ -64,9 +64,10 @@ def write_world(
     """Writes shards of key.mp4 (H.264), key.txt (the caption) and key.json (the full state, what the caption states) into `out`.
 
     Beside them stand prompts_seen.jsonl and prompts_held_out.jsonl (fully specified; the latter of combinations that split
-    "train" never shows), validation/00000.tar with validation_clips further clips, and dataset.json, the settings. A clip depends on (seed, its number) and the settings alone; `workers`
-    (None: one a core) only on time. Shards that are there already are kept, so a second call does nothing. ValueError for
-    settings that the world or the codec cannot draw, and for a folder that holds anything made with other settings.
+    "train" never shows), validation/00000.tar with validation_clips further clips, and dataset.json, the settings. A clip depends on
+    (seed, its number) and the settings alone; `workers` (None: one a core) only on time. Shards that are there already are kept, so a
+    second call does nothing. ValueError for settings that the world or the codec cannot draw, and for a folder that holds anything
+    made with other settings.
     """
     settings = _Settings(
         clips, seed, num_frames, height, width, float(fps), split, shard_size, num_prompts, crf, validation_clips

@@ -43,9 +43,9 @@ class Adherence(WorldMetric):
     """Whether clips show what their prompts state, in all and attribute by attribute."""
 
     protocol = (
-        f"{CHECKER}, fraction of clips: all (every stated attribute right, and one object in every "
-        "frame), each attribute over the prompts that state it, present (an object in every frame), consistent "
-        "(one clear unchanging object on a plain background, within a 32nd of the frame's side of a law of motion that turns at the frame's edge), strict (all and "
+        f"{CHECKER}, fraction of clips: all (every stated attribute right, and one object in every frame), each attribute over "
+        "the prompts that state it, present (an object in every frame), consistent (one clear unchanging object on a plain "
+        "background, within a 32nd of the frame's side of a law of motion that turns at the frame's edge), strict (all and "
         "consistent); 95% Wilson intervals."
     )
 

@@ -19,13 +19,14 @@ from dit_video.trainer.module import VideoDiffusion
 
 @dataclass
 class Hardware:
-    """What training runs on; the keys are those of Lightning's Trainer."""
+    """What training runs on; the keys are those of Lightning's Trainer, and the number of CPU threads."""
 
     accelerator: str = "cpu"
     devices: int | str = 1
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str = "bf16-mixed"
+    threads: int | None = None  # of a CPU; none: one a core
 
     def __post_init__(self) -> None:
         if self.precision not in ("32-true", "bf16-mixed"):  # float16 would need its losses scaled
@@ -34,6 +35,8 @@ class Hardware:
             raise ValueError(
                 f"training runs on one device so far, got {self.devices} on {self.num_nodes} nodes; set trainer.devices=1"
             )
+        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
+            raise ValueError(f"threads must be a whole number of at least 1, or null, got {self.threads!r}; set trainer.threads")
         if self.accelerator not in ("cpu", "gpu", "cuda", "mps", "auto"):
             raise ValueError(f"accelerator must be cpu, gpu, mps or auto, got {self.accelerator!r}; set trainer.accelerator")
 
@@ -69,8 +72,14 @@ def fit(
     """Trains until the batches end; `options` go to Lightning's Trainer as they are, such as a profiler."""
     _be_quiet()
     keep_memory()
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
     trainer = L.Trainer(
-        **vars(hardware),
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=hardware.strategy,
+        precision=hardware.precision,  # type: ignore[arg-type]
         max_epochs=1,  # the batches are all that is left of the run
         callbacks=list(callbacks),
         logger=loggers,
