@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from small_run import SMALL, dit_video, files_of, train
 
+from dit_video.data_tools.world_shards import write_world
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -38,6 +40,10 @@ def test_the_commands_run(world_shards: Path, tmp_path: Path, monkeypatch: pytes
     """Sizes and lengths are cut down, so that seconds do; what the README types stays, and comes first."""
     monkeypatch.chdir(tmp_path)
     assert train(world_shards, Path("runs"), "demo", "max_clips=16", "model.patch=[4,8,8]") == 0
+    own = write_world(tmp_path / "own", clips=32, seed=0, num_frames=9, height=64, width=96, fps=8, shard_size=1, workers=1)
+    (tmp_path / "footage").mkdir()
+    for number, shard in enumerate(sorted(own.glob("*.tar"))):
+        shard.rename(tmp_path / "footage" / f"{number:03d}.tar")
     (tmp_path / "prompts.txt").write_text("a small red circle moves left\na large blue square bounces\n")
     from PIL import Image
 
@@ -48,9 +54,9 @@ def test_the_commands_run(world_shards: Path, tmp_path: Path, monkeypatch: pytes
         if "trust=" in command:
             continue  # run by tests/test_extensions.py
         if program == "train":
-            words = [word for word in words if not word.startswith("data")]
-            sizes = [word for word in SMALL if word.partition("=")[0] not in {given.partition("=")[0] for given in words}]
-            words += [*sizes, f"data.shards={world_shards}/*.tar", "max_clips=16"]
+            given = {word.partition("=")[0] for word in words}
+            shards = [] if "data.shards" in given else [f"data.shards={world_shards}/*.tar", "validation.shards=null"]
+            words += [*(word for word in SMALL if word.partition("=")[0] not in given), *shards, "max_clips=16"]
         if program == "evaluate":
             words += ["eval=world_small", *few]
         before = files_of(tmp_path)
