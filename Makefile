@@ -40,7 +40,7 @@ format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(STAMP) ## train, sample and judge on the built-in world, about 5 minutes on 2 cores: runs/demo/report.html
+demo: $(STAMP) ## train, sample and judge on the built-in world, about 12 minutes: runs/demo/report.html
 	$(BIN)/dit-video data world
 	$(BIN)/dit-video train experiment=world_quick name=demo
 	$(BIN)/dit-video evaluate run=runs/demo

@@ -247,7 +247,7 @@ def summary(config: DictConfig, done: dict[str, Any], spent: Spent) -> dict[str,
         "parameters": num_parameters(config),
         "seed": config.seed,
         "commit": commit(),
-        "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, threads: {torch.get_num_threads()}",
         "torch": str(torch.__version__),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
