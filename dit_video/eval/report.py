@@ -132,7 +132,7 @@ def _headline(estimates: Mapping[str, Any]) -> str:
         if found:
             value, low, high, count = found
             cards += (
-                f"<div class=card><b>{_percent(value)}</b><span>right in everything, {words}</span>{_bar(*found[:3])}"
+                f"<div class=card><b>{_percent(value)}</b><span>right in all that was asked, {words}</span>{_bar(*found[:3])}"
                 f"<small>95% interval {_percent(low)} to {_percent(high)}, {count} clips</small></div>"
             )
     return f"<div class=cards>{cards}</div>" if cards else ""
