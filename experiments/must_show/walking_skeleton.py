@@ -1,4 +1,4 @@
-"""Prints every line that the walking skeleton must show, measured here and now, on a fresh clone; it trains five models, so allow it two hours.
+"""Prints every line that the walking skeleton must show, measured here and now; it trains five models: allow two hours.
 
     make setup && .venv/bin/python experiments/must_show/walking_skeleton.py            # everything
     .venv/bin/python experiments/must_show/walking_skeleton.py 2 7                      # some of the lines
