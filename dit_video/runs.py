@@ -146,7 +146,7 @@ def describe(sampler: Sampler) -> str:
     """The sampler in words, for a protocol."""
     solver = getattr(sampler.solver, "func", sampler.solver)
     return (
-        f"{getattr(solver, '__name__', solver)} solver, {sampler.steps} steps, guidance {sampler.guidance:g} in time "
+        f"{getattr(solver, '__name__', repr(solver))} solver, {sampler.steps} steps, guidance {sampler.guidance:g} in time "
         f"{sampler.interval[0]:g} to {sampler.interval[1]:g}, rescale {sampler.rescale:g}, times shifted "
         f"{'as in training' if sampler.shift is None else f'by {sampler.shift:g}'}, {sampler.precision}, averaged weights"
     )

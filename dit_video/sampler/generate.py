@@ -140,7 +140,7 @@ def generate(trained: Trained, requests: Sequence[Request], sampler: Sampler) ->
 def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> list[np.ndarray]:
     first, patch, device = requests[0], trained.patch, next(trained.network.parameters()).device
     grid = _grid(first, patch)
-    noise = torch.stack([starting_noise(request.seed, grid, patch) for request in requests]).to(device)
+    noise = torch.stack([noise_of(request.seed, grid, patch) for request in requests]).to(device)
     x, given = _place_given(trained, requests, noise, grid)
     stream = video_stream(noise, given, grid, patch, first.fps, trained.network.transformer.reference_rate)
     if not given.any():  # one noise level for the whole clip, which the model broadcasts
@@ -153,15 +153,20 @@ def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> li
     told = _velocity(trained, stream, [request.prompt for request in requests], grid)
     untold = _velocity(trained, stream, [request.negative_prompt or None for request in requests], grid)
     velocity = guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale)
+
+    def fresh(step: int) -> Tensor:
+        return torch.stack([noise_of(request.seed, grid, patch, step=step) for request in requests]).to(device)
+
     with torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision == "bfloat16"):
-        clean = sampler.solver(velocity, x, times)
+        clean = sampler.solver(velocity, x, times, fresh)
     videos = to_uint8(unpatchify(clean, grid, patch)).cpu().numpy()
     return [video[: first.num_frames] for video in videos]
 
 
-def starting_noise(seed: int, grid: Grid, patch: Patch, channels: int = 3) -> Float[Tensor, "n p"]:
-    """The noise that a seed stands for, zero in the padding before the first frame."""
-    noise = torch.randn(grid.num_tokens, patch.t * patch.h * patch.w * channels, generator=seeded(seed, "sample"))
+def noise_of(seed: int, grid: Grid, patch: Patch, channels: int = 3, step: int | None = None) -> Float[Tensor, "n p"]:
+    """The noise that a seed stands for, to start from or to add in a step; zero in the padding before the first frame."""
+    generator = seeded(seed, "sample") if step is None else seeded(seed, "sample", step)
+    noise = torch.randn(grid.num_tokens, patch.t * patch.h * patch.w * channels, generator=generator)
     return noise * repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=noise.shape[-1] // patch.t)
 
 

@@ -1,29 +1,35 @@
 """Solvers of dx/dt = velocity(x, t) from noise to clean. Plain functions with one signature:
 
-    solver(velocity, x, times) -> x at times[-1]
+    solver(velocity, x, times, fresh) -> x at times[-1]
 
 `times` is `s b n`: s points in time that fall to 0, for every token its own. A token whose time does not change takes steps of zero and
-comes out bit for bit as it went in: that is how given tokens stay exact.
+comes out bit for bit as it went in: that is how given tokens stay exact. `fresh` draws new noise for a step; only stochastic solvers ask.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 Velocity = Callable[[Float[Tensor, "b n p"], Float[Tensor, "b n"]], Float[Tensor, "b n p"]]
-Solver = Callable[[Velocity, Float[Tensor, "b n p"], Float[Tensor, "s b n"]], Float[Tensor, "b n p"]]
+Fresh = Callable[[int], Float[Tensor, "b n p"]]  # standard normal noise for step 0, 1, ..., from each clip's own seed
+Solver = Callable[[Velocity, Float[Tensor, "b n p"], Float[Tensor, "s b n"], Fresh], Float[Tensor, "b n p"]]
 
 
-def euler(velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"]) -> Float[Tensor, "b n p"]:
+def euler(
+    velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"], fresh: Fresh | None = None
+) -> Float[Tensor, "b n p"]:
     """First order, one evaluation a step; exact where the velocity is constant."""
     for now, then in zip(times[:-1], times[1:], strict=True):
         x = x + (then - now)[..., None] * velocity(x, now)
     return x
 
 
-def heun(velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"]) -> Float[Tensor, "b n p"]:
+def heun(
+    velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"], fresh: Fresh | None = None
+) -> Float[Tensor, "b n p"]:
     """Second order, two evaluations a step (a token's last step, which ends at t = 0, is Euler's: Karras et al. 2022, algorithm 1)."""
     for now, then in zip(times[:-1], times[1:], strict=True):
         step = (then - now)[..., None]
@@ -34,7 +40,9 @@ def heun(velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s 
     return x
 
 
-def multistep(velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"]) -> Float[Tensor, "b n p"]:
+def multistep(
+    velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"], fresh: Fresh | None = None
+) -> Float[Tensor, "b n p"]:
     """Second order with one evaluation a step: Adams-Bashforth of order 2 on uneven steps, its first step Euler's."""
     before, last_step = None, None
     for now, then in zip(times[:-1], times[1:], strict=True):
@@ -48,3 +56,28 @@ def multistep(velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor
             x = x + step * (current + ratio / 2 * (current - before))
         before, last_step = current, step
     return x
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """First order: each step points at a clean clip and noises it again, partly anew, so that errors of earlier steps are forgotten.
+
+    `renewal` in [0, 1] is the standard deviation of the noise's new part: 0 is Euler, 1 keeps none of the old (Song et al. 2023,
+    algorithm 1); between, DDIM with sigma = renewal * t (Song et al. 2020, equation 12). A large one makes what is likely likelier.
+    """
+
+    renewal: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.renewal, bool) or not isinstance(self.renewal, int | float) or not 0 <= self.renewal <= 1:
+            raise ValueError(f"renewal must be a number in [0, 1], got {self.renewal!r}; set sampler.solver.renewal")
+
+    def __call__(
+        self, velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"], fresh: Fresh
+    ) -> Float[Tensor, "b n p"]:
+        for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            current = velocity(x, now)
+            clean, noise = x - now[..., None] * current, x + (1 - now)[..., None] * current
+            noise = (1 - self.renewal**2) ** 0.5 * noise + self.renewal * fresh(step)
+            x = torch.where((now == then)[..., None], x, torch.lerp(clean, noise, then[..., None]))
+        return x

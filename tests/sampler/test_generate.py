@@ -15,8 +15,8 @@ from dit_video.objective.levels import LogitNormal
 from dit_video.objective.objective import Objective
 from dit_video.objective.path import Prediction
 from dit_video.objective.tasks import FirstFrames, InBetween, TextToVideo
-from dit_video.sampler.generate import Request, Sampler, Trained, check_request, generate, starting_noise
-from dit_video.sampler.solvers import euler, heun, multistep
+from dit_video.sampler.generate import Request, Sampler, Trained, check_request, generate, noise_of
+from dit_video.sampler.solvers import Stochastic, euler, heun, multistep
 from dit_video.shapes import Batch, Grid, Patch, Stream, patchify, real_slots, to_float, unpatchify
 
 PATCH = Patch(2, 4, 4)
@@ -53,9 +53,9 @@ def near(one: np.ndarray, other: np.ndarray) -> bool:
 
 def test_noise_comes_from_the_seed_alone() -> None:
     grid = Grid(3, 2, 2)
-    one = starting_noise(7, grid, PATCH)
+    one = noise_of(7, grid, PATCH)
     torch.manual_seed(5)
-    assert torch.equal(starting_noise(7, grid, PATCH), one) and not torch.equal(starting_noise(8, grid, PATCH), one)
+    assert torch.equal(noise_of(7, grid, PATCH), one) and not torch.equal(noise_of(8, grid, PATCH), one)
     real = real_slots(grid, PATCH).repeat_interleave(48, dim=1).bool()
     assert not one[~real].any() and one[real].std().item() == pytest.approx(1, abs=0.05)
 
@@ -64,7 +64,7 @@ def test_noise_is_bit_equal_in_every_batch(trained: Trained) -> None:
     """What the solver starts from, seen by a solver that returns it."""
     seen: list[torch.Tensor] = []
 
-    def look(velocity: Any, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    def look(velocity: Any, x: torch.Tensor, times: torch.Tensor, fresh: Any) -> torch.Tensor:
         seen.append(x)
         return x
 
@@ -74,7 +74,7 @@ def test_noise_is_bit_equal_in_every_batch(trained: Trained) -> None:
     generate(trained, requests[::-1], Sampler(solver=look, batch_size=5))
     alone, by_two, together, turned = torch.cat(seen[:5]), torch.cat(seen[5:8]), seen[8], seen[9]
     assert torch.equal(alone, by_two) and torch.equal(alone, together) and torch.equal(alone, turned.flip(0))
-    assert torch.equal(together[1], together[3]) and torch.equal(together[0], starting_noise(3, Grid(3, 2, 2), PATCH))
+    assert torch.equal(together[1], together[3]) and torch.equal(together[0], noise_of(3, Grid(3, 2, 2), PATCH))
 
 
 # --------------------------------------------------------------------------- batches
@@ -84,15 +84,15 @@ def tokens_of(trained: Trained, requests: list[Request], batch_size: int, solver
     """Clean tokens before they are rounded to pixels."""
     seen: list[torch.Tensor] = []
 
-    def keep(velocity: Any, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        seen.append(solver(velocity, x, times))
+    def keep(velocity: Any, x: torch.Tensor, times: torch.Tensor, fresh: Any) -> torch.Tensor:
+        seen.append(solver(velocity, x, times, fresh))
         return seen[-1]
 
     generate(trained, requests, Sampler(6, 3.0, rescale=0.3, solver=keep, batch_size=batch_size))
     return torch.cat(seen)
 
 
-@pytest.mark.parametrize("solver", [euler, heun, multistep])
+@pytest.mark.parametrize("solver", [euler, heun, multistep, Stochastic(0.6), Stochastic()])
 @pytest.mark.parametrize("task", ["text_to_video", "image_to_video"])
 def test_clips_are_equal_across_batch_sizes(trained: Trained, solver: Any, task: str) -> None:
     given = [frames(1, seed=i) if task == "image_to_video" else None for i in range(4)]
@@ -151,7 +151,7 @@ def test_a_clip_is_made_to_the_next_valid_length_and_trimmed(trained: Trained, a
 )
 @pytest.mark.parametrize("predict", ["clean", "velocity", "noise"])
 @pytest.mark.parametrize("given_noise", [0.0, 0.1])
-@pytest.mark.parametrize("solver", [euler, heun, multistep])
+@pytest.mark.parametrize("solver", [euler, heun, multistep, Stochastic(0.6), Stochastic()])
 def test_given_frames_come_back_bit_for_bit(
     trained: Trained, task: str, num_given: int, places: list[int], predict: Prediction, given_noise: float, solver: Any
 ) -> None:
@@ -180,7 +180,7 @@ def test_given_noise_is_shown_to_the_network_and_to_nobody_else(make_network: Ca
 
     network = make_network()
     network.transformer.__class__ = Listening
-    given, starting = frames(1), starting_noise(0, Grid(3, 2, 2), PATCH)
+    given, starting = frames(1), noise_of(0, Grid(3, 2, 2), PATCH)
     for noise in (0.0, 0.2):
         asked.clear()
         trained = Trained(network, TASKS, "clean", None, noise)
@@ -202,7 +202,7 @@ def test_what_is_not_made_has_no_velocity(trained: Trained) -> None:
     """Given tokens and the padding before the first frame, so that neither counts in guidance's rescaling."""
     real = real_slots(Grid(3, 2, 2), PATCH).repeat_interleave(48, dim=1).bool()
 
-    def look(velocity: Any, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    def look(velocity: Any, x: torch.Tensor, times: torch.Tensor, fresh: Any) -> torch.Tensor:
         moved, made = velocity(x, times[1]), times[0] > 0
         assert not moved[:, ~real].any() and not moved[~made].any() and moved[made][:, -1].all()
         return x
@@ -239,7 +239,7 @@ def test_the_right_answer_leads_to_the_right_clip(predict: Prediction, solver: A
     transformer.predict = predict
     trained = Trained(Network(WordEncoder(16, heads=2), transformer), TASKS, predict, None, 0.0)
     video = generate(trained, [request_of(seed=3)], Sampler(steps, 1.0, solver=solver))[0]
-    clean = unpatchify(0.2 + 0.3 * starting_noise(3, Grid(3, 2, 2), PATCH)[None], Grid(3, 2, 2), PATCH)[0]
+    clean = unpatchify(0.2 + 0.3 * noise_of(3, Grid(3, 2, 2), PATCH)[None], Grid(3, 2, 2), PATCH)[0]
     wanted = ((clean + 1) * 127.5).clamp(0, 255).numpy()
     assert np.abs(video - wanted).max() < levels
 

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from dit_video.objective.path import shifted
-from dit_video.sampler.solvers import Solver, euler, heun, multistep
+from dit_video.sampler.solvers import Solver, Stochastic, euler, heun, multistep
 
-SOLVERS = [euler, heun, multistep]
+DETERMINISTIC = [euler, heun, multistep]
+SOLVERS = [*DETERMINISTIC, Stochastic(0.5), Stochastic(1.0)]
 BATCH, TOKENS, VALUES = 2, 5, 3
 
 
@@ -40,6 +41,11 @@ def start() -> Tensor:
     return torch.randn(BATCH, TOKENS, VALUES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def fresh(step: int) -> Tensor:
+    """New noise for a step."""
+    return torch.randn(BATCH, TOKENS, VALUES, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + step))
+
+
 def exact(x: Tensor) -> Tensor:
     """x at t = 0, by the classical Runge-Kutta method in very small steps."""
     steps = 2000
@@ -54,12 +60,12 @@ def exact(x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_constant_velocity_is_followed_exactly(solver: Solver, kind: str, steps: int) -> None:
     clean, noise = torch.randn(2, BATCH, TOKENS, VALUES, dtype=torch.float64)
-    out = solver(lambda x, time: noise - clean, noise, schedule(steps, kind))
+    out = solver(lambda x, time: noise - clean, noise, schedule(steps, kind), fresh)
     assert torch.allclose(out, clean, atol=1e-12)
 
 
@@ -67,7 +73,7 @@ def test_a_constant_velocity_is_followed_exactly(solver: Solver, kind: str, step
 @pytest.mark.parametrize("kind", KINDS)
 def test_order_of_convergence(solver: Solver, order: int, kind: str) -> None:
     wanted = exact(start())
-    errors = [(solver(field, start(), schedule(steps, kind)) - wanted).abs().amax(dim=(0, 2)) for steps in (160, 320, 640)]
+    errors = [(solver(field, start(), schedule(steps, kind), fresh) - wanted).abs().amax(dim=(0, 2)) for steps in (160, 320, 640)]
     for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
         measured = torch.log2(coarse / fine)  # of each token
         assert ((measured - order).abs() < 0.25).all(), measured
@@ -81,14 +87,14 @@ def test_tokens_without_steps_come_out_bit_for_bit(solver: Solver, kind: str) ->
     given[0, :2] = given[1, 3] = True
     x = start().float()
     times = torch.where(given, 0.0, schedule(9, kind).float())
-    out = solver(lambda x, time: field(x, time) * 1e6, x, times)
+    out = solver(lambda x, time: field(x, time) * 1e6, x, times, lambda step: fresh(step).float())
     assert torch.equal(out[given], x[given]) and not torch.isclose(out[~given], x[~given]).any(-1).all()
-    alone = solver(field, start(), schedule(9, kind))  # and the others do not notice
-    beside = solver(field, start(), torch.where(given, 0.0, schedule(9, kind)))
+    alone = solver(field, start(), schedule(9, kind), fresh)  # and the others do not notice
+    beside = solver(field, start(), torch.where(given, 0.0, schedule(9, kind)), fresh)
     assert torch.equal(alone[~given], beside[~given])
 
 
-@pytest.mark.parametrize(("solver", "calls"), [(euler, 6), (heun, 11), (multistep, 6)])
+@pytest.mark.parametrize(("solver", "calls"), [(euler, 6), (heun, 11), (multistep, 6), (Stochastic(), 6)])
 def test_evaluations(solver: Solver, calls: int) -> None:
     seen = []
 
@@ -97,7 +103,7 @@ def test_evaluations(solver: Solver, calls: int) -> None:
         seen.append(time)
         return field(x, time)
 
-    solver(counted, start(), schedule(6, "even"))
+    solver(counted, start(), schedule(6, "even"), fresh)
     assert len(seen) == calls
 
 
@@ -108,6 +114,34 @@ def test_a_token_s_velocity_at_its_clean_end_is_not_used(solver: Solver) -> None
     assert (times[-3] == 0).any() and (times[-3] > 0).any()
 
     def with_end(velocity: float) -> Tensor:
-        return solver(lambda x, time: torch.where(time[..., None] > 0, field(x, time), velocity), start(), times)
+        return solver(lambda x, time: torch.where(time[..., None] > 0, field(x, time), velocity), start(), times, fresh)
 
     assert torch.equal(with_end(0.0), with_end(1e12))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_renewal_the_stochastic_solver_is_euler(kind: str) -> None:
+    ours, eulers = (solver(field, start(), schedule(9, kind), fresh) for solver in (Stochastic(0.0), euler))
+    assert torch.allclose(ours, eulers, atol=1e-12)
+
+
+@pytest.mark.parametrize("renewal", [0.3, 1.0])
+def test_the_renewed_noise_has_the_strength_of_its_time(renewal: float) -> None:
+    """Toward a known clean clip, x stays clean + t * standard normal noise at every step, whatever part of the noise is new."""
+    shape, clean = (1, 20_000, 1), 0.3
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        spread.append(((x - (1 - time[..., None]) * clean) / time[..., None]).std().item())
+        return (x - clean) / time[..., None]
+
+    spread: list[float] = []
+    noise = torch.randn(5, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    times = torch.linspace(1, 0, 5, dtype=torch.float64)[:, None, None].expand(-1, *shape[:2])
+    out = Stochastic(renewal)(velocity, noise[4], times, lambda step: noise[step])
+    assert torch.allclose(out, torch.full_like(out, clean)) and spread == pytest.approx([1.0] * 4, abs=0.03)
+
+
+@pytest.mark.parametrize("renewal", [-0.1, 1.5, float("nan")])
+def test_a_renewal_is_a_share(renewal: float) -> None:
+    with pytest.raises(ValueError, match="set sampler.solver.renewal"):
+        Stochastic(renewal)
