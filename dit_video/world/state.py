@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-WORLD_VERSION = 1  # raise it whenever the same seed gives other clips or captions
+WORLD_VERSION = 2  # raise it whenever the same seed gives other clips or captions
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 50, 50),
@@ -54,6 +54,7 @@ MIN_SIDE = 24  # pixels; in a smaller frame the small shapes cannot be told apar
 MIN_BOUNCE_FRAMES = 3  # out and back cannot be seen in fewer
 MARGIN = 0.02  # sides between the frame's edge and an object that does not bounce
 TRAVEL = (0.22, 0.5)  # sides from first to last frame, whatever the clip's duration, as far as the frame has room
+BOUNCE_WEIGHT = 2.0  # bounces drawn for every clip of another motion: there are four laws of bouncing, one for each edge
 BOUNCE_PATH = (0.4, 0.65)  # sides along the path, there and back
 BOUNCE_TIME = (0.35, 0.65)  # of the clip's duration: when the object meets the edge
 BACKGROUND = (24, 48)  # grey levels
@@ -154,7 +155,7 @@ def is_held_out(colour: str, shape: str, motion: str) -> bool:
 
 
 def combinations(split: Split, num_frames: int | None = None, **fixed: str) -> list[dict[str, str]]:
-    """All attributes of a split that agree with the fixed ones, in a fixed order; clips of a split take each equally often.
+    """All attributes of a split that agree with the fixed ones, in a fixed order; `conditional` says how often clips take each.
 
     ValueError where there is none: clips of 1 or 2 frames have no bounce, and the held-out ones are no train ones.
     """
@@ -185,7 +186,14 @@ def conditional(
 ) -> dict[tuple[str, ...], float]:
     """The true joint distribution of the attributes left open, given those stated; keys are values in the order of ATTRIBUTES."""
     found = combinations(split, num_frames, **attributes)
-    return {tuple(value for name, value in each.items() if name not in attributes): 1 / len(found) for each in found}
+    open_values = [tuple(value for name, value in each.items() if name not in attributes) for each in found]
+    return dict(zip(open_values, _shares(found).tolist(), strict=True))
+
+
+def _shares(found: list[dict[str, str]]) -> np.ndarray:
+    """How often each of these combinations is drawn."""
+    weights = np.array([BOUNCE_WEIGHT if each["motion"] == "bounce" else 1.0 for each in found])
+    return weights / weights.sum()
 
 
 def sample_scene(
@@ -198,13 +206,13 @@ def sample_scene(
     split: Split = "train",
     **fixed_attributes: str,
 ) -> Scene:
-    """Draws a scene: attributes uniform over the split's combinations, then place, speed and background.
+    """Draws a scene: attributes from the split's combinations (see `conditional`), then place, speed and background.
 
     The way from first to last frame does not depend on the duration, so a longer clip is slower. ValueError as `combinations`.
     """
     check_frame(num_frames, height, width, fps)
     choices = combinations(split, num_frames, **fixed_attributes)
-    attributes = choices[rng.integers(len(choices))]
+    attributes = choices[rng.choice(len(choices), p=_shares(choices))]
     low, high = centre_box(attributes["shape"], attributes["size"], height, width)
     start, path = _draw_path(rng, attributes["motion"], low, high, num_frames)
     velocity = path * fps / max(num_frames - 1, 1)

@@ -93,6 +93,14 @@ def test_the_conditional_is_what_sampling_gives() -> None:
     assert conditional({"size": "small", "colour": "red", "shape": "circle", "motion": "left"}) == {(): 1.0}
 
 
+def test_bounces_are_drawn_twice_as_often_as_other_motions() -> None:
+    stated: dict[str, Any] = {"size": "small", "colour": "red", "shape": "circle"}
+    truth = conditional(stated)  # right is held out
+    assert truth == {("left",): 1 / 6, ("up",): 1 / 6, ("down",): 1 / 6, ("bounce",): 1 / 3, ("still",): 1 / 6}
+    drawn = Counter(draw(index, **stated).motion for index in range(2000))
+    assert all(abs(drawn[motion] / 2000 - share) < 0.04 for (motion,), share in truth.items())
+
+
 def test_short_clips_do_not_bounce() -> None:
     assert all(draw(index, num_frames=2).motion != "bounce" for index in range(200))
     with pytest.raises(ValueError, match="bounce"):
