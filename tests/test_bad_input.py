@@ -34,8 +34,9 @@ def clip(number: int, **members: object) -> dict[str, object]:
 VALUES = [
     (["max_clips=0"], "max_clips must be a whole number of at least 1, got 0"),
     (["max_clips=many"], "set max_clips"),
-    (["accumulate=9"], "set accumulate"),
-    (["accumulate=0"], "set accumulate"),
+    (["data.micro_batches=0"], "set data.micro_batches"),
+    (["data.buckets=[{num_frames: 9}, {height: 30}]"], "height 30 is not a positive multiple of the patch's 8"),
+    (["data.sources={a: {shards: x.tar, weight: -1}}"], "there is no such shard"),
     (["data.batch_size=0"], "set data.batch_size"),
     (["data.num_frames=0"], "set num_frames"),
     (["data.num_frames=8"], "for example 9"),
@@ -118,7 +119,7 @@ def test_videos_that_do_not_decode(bad_shards: Callable[..., Path], capsys: pyte
     shards = bad_shards(*(clip(number, mp4=b"no video at all" * 50) for number in range(20)))
     assert_refused(shards, capsys, "0.tar", "in a row", "skipped.jsonl")
     ledger = (shards.parent / "runs" / "run" / "skipped.jsonl").read_text().splitlines()
-    assert len(ledger) >= 8 and all("reason" in line for line in ledger)
+    assert len(ledger) >= 2 and all("reason" in line for line in ledger)
     assert not (shards.parent / "runs" / "run" / "summary.json").exists()
 
 
