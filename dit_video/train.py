@@ -69,8 +69,7 @@ def main(config: DictConfig) -> None:
     module = make_module(config, resume)
     callbacks = make_callbacks(config, folder, module, resume, spent)
     open_run(folder, config, resume)
-    for line in loader.report.lines():
-        log.info(line)
+    loader.report.log()
     loader.report.write(folder / "data.json")
     loggers: list[Logger] = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
     loggers += [make(config.logger, folder=folder)] if config.logger else []

@@ -109,10 +109,15 @@ def test_shards_that_are_no_tars(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert_refused(tmp_path / "bad", capsys, "bad/0.tar", "data.shards")
 
 
-def test_a_tar_that_is_cut_off(world_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_tar_that_is_cut_off_the_whole_clips_are_used(
+    world_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.tar").write_bytes((world_shards / "00000.tar").read_bytes()[:20_000])
-    assert_refused(tmp_path / "bad", capsys, "bad/0.tar", "data.shards")
+    assert train(tmp_path / "bad", tmp_path / "runs", "run", "max_clips=16", "data.max_bad_fraction=0.1") == 0
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any("0.tar" in message and "cannot be read after" in message for message in warned)
+    assert "cannot be read after" in (tmp_path / "runs" / "run" / "data.json").read_text()
 
 
 def test_videos_that_do_not_decode(bad_shards: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

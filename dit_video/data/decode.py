@@ -169,3 +169,17 @@ def decode_clip(
     except (av.FFmpegError, OverflowError, MemoryError) as error:
         raise DecodeError(f"not a video that can be read: {error}") from error
     return np.ascontiguousarray(centre_crop(video, height, width))
+
+
+def decode_all(data: bytes) -> int:
+    """Decodes every frame of a video file and gives their number; DecodeError where one does not decode, or there is none."""
+    try:
+        with _open(data) as container:
+            info = _probe(container)
+            container.seek(int(info.timestamps[0]), stream=container.streams.video[0])
+            frames = sum(not frame.is_corrupt for frame in container.decode(container.streams.video[0]))
+    except (av.FFmpegError, OverflowError, MemoryError) as error:
+        raise DecodeError(f"not a video that can be read: {error}") from error
+    if frames < len(info.times):
+        raise DecodeError(f"{len(info.times) - frames} of its {len(info.times)} frames do not decode")
+    return frames

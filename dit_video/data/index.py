@@ -208,7 +208,8 @@ def _rotation(stream: av.VideoStream) -> int:
 def save(index: ShardIndex, path: Path) -> None:
     """Writes an index; it appears complete or not at all."""
     keys = [key.encode() for key in index.keys]
-    columns = {name: getattr(index, name).astype(kind, copy=False) for name, kind in COLUMNS.items()}
+    # safetensors writes an array's memory as it lies, so a view with gaps would come back scrambled
+    columns = {name: np.ascontiguousarray(getattr(index, name), kind) for name, kind in COLUMNS.items()}
     columns["key_bytes"] = np.frombuffer(b"".join(keys), np.uint8)
     columns["key_ends"] = np.cumsum([len(key) for key in keys], dtype=np.int64)
     about = {"version": INDEX_VERSION, "extensions": json.dumps(index.extensions), "shard_bytes": str(index.shard_bytes)}
@@ -287,6 +288,7 @@ class Clips:
     def __init__(self, shards: Sequence[Path], kept: int = 512) -> None:
         self.shards = list(shards)
         self._index = lru_cache(maxsize=kept)(lambda number: index_of(self.shards[number]))
+        self._learned: dict[int, ShardIndex] = {}
         self.starts = np.concatenate([[0], np.cumsum([len(self._index(number)) for number in range(len(self.shards))])]).astype(
             np.int64
         )
@@ -300,10 +302,37 @@ class Clips:
         index, row = self._index(shard), number - int(self.starts[shard])
         return ClipRecord(self.shards[shard], index.keys[row], index.members(row))
 
+    def learn(self, number: int, checksums: Mapping[str, int]) -> None:
+        """Takes note of checksums that were taken when members of sample `number` were read for the first time."""
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        index, row = self._learned.get(shard) or self._index(shard), number - int(self.starts[shard])
+        start, end = int(index.member_ends[row - 1]) if row else 0, int(index.member_ends[row])
+        for place in range(start, end):
+            extension = index.extensions[index.member_extension[place]]
+            if extension in checksums and index.member_checksum[place] == NO_CHECKSUM:
+                index.member_checksum[place] = checksums[extension]
+                self._learned[shard] = index
+
+    def save_learned(self) -> None:
+        """Writes the indices that have learned something, where they can be written."""
+        for shard, index in self._learned.items():
+            path = sidecar(self.shards[shard])
+            try:
+                if path.exists():  # a damaged shard has none
+                    save(index, path)
+            except OSError as error:
+                log.info("%s is not written: %s", path, error)
+        self._learned.clear()
+
     def indices(self) -> Iterator[tuple[Path, ShardIndex]]:
         """Every shard with its index, in order."""
         for number, shard in enumerate(self.shards):
             yield shard, self._index(number)
+
+    def problems(self) -> list[str]:
+        """What is wrong with shards, as far as their indices and headers tell, each with the shard's name."""
+        told = [(str(path), problem) for path, index in self.indices() for problem in index.problems]
+        return [problem if path in problem else f"{path}: {problem}" for path, problem in told]
 
     def columns(self) -> dict[str, np.ndarray]:
         """Frames, height, width and rate of all samples."""

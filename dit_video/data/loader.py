@@ -118,7 +118,7 @@ class ClipLoader:
         self.report = DataReport(
             self.shapes, level(costs, batch_size), costs,
             [SourceReport(name, weight, len(paths[name])) for name, weight in zip(paths, weights, strict=True)],
-            chosen, source, [problem if str(path) in problem else f"{path}: {problem}" for path, index in self.clips.indices() for problem in index.problems],
+            chosen, source, self.clips.problems(),
         )  # fmt: skip
         if not self.num_clips:
             raise BadDataError(
@@ -154,7 +154,7 @@ class ClipLoader:
         shards = self.clips.shards
         where = f"{shards[0]}" + (f" and {len(shards) - 1} more shards" if len(shards) > 1 else "")
         if not len(self.clips):
-            problems = [problem for _, index in self.clips.indices() for problem in index.problems]
+            problems = self.clips.problems()
             raise BadDataError(
                 f"{where}: hold no sample ({'; '.join(problems[:3]) or 'they are empty tars'}); change data.shards"
             )
@@ -236,6 +236,7 @@ class ClipLoader:
                 yield self._gather(*planned.popleft(), next_outcome)
         finally:
             outcomes.close()
+            self.clips.save_learned()
 
     def _gather(self, step: Step, parts: list[range], entries: list[_Entry], next_outcome: Callable[[], Any]) -> Batch:
         """A rank's part of a step; a micro-batch without a clip is one filler of weight 0."""
@@ -264,6 +265,8 @@ class ClipLoader:
                         clip = _Cached(video[row], outcome.value.captions)
                         if outcome.value.fixed:
                             self._keep(entry, clip)
+                        if outcome.value.checksums:
+                            self.clips.learn(entry.record, outcome.value.checksums)
                 else:
                     video[row] = clip.video
                 self.ledger.account(bad)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class ReadClip:
     captions: dict[str, str]  # by field, those that the sample has
     fixed: bool  # every slot would get the same pixels
     start: float  # seconds into the source
+    checksums: dict[str, int]  # of members that had none in the index
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class ClipReader:
                 start_seconds=choose_start, decoder=self.decoder,
             )  # fmt: skip
         out[: shape.num_bytes] = pixels.reshape(-1)
-        return ReadClip(captions, fixed, start)
+        checksums = {extension: zlib.crc32(data)} if job.record.members[extension].checksum is None else {}
+        return ReadClip(captions, fixed, start, checksums)
 
 
 def find_member(record: ClipRecord, num_frames: int) -> str | None:

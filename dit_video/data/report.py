@@ -1,6 +1,7 @@
 """What the data is, before the first step: clips of every bucket and source, what a step costs, and what was refused."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dit_video.data.buckets import NO_SHAPE, TOO_SHORT, ClipShape, spread
+
+log = logging.getLogger(__name__)
 
 REASONS = {TOO_SHORT: "shorter than every bucket", NO_SHAPE: "of unknown size"}
 
@@ -55,7 +58,14 @@ class DataReport:
         if len(used) > 1:
             share = spread([self.costs[number] for number in used], [self.sizes[number] for number in used])
             found.append(f"  steps cost the same within {share:.1%}")
-        return [*found, *(f"  damaged: {problem}" for problem in self.problems)]
+        return found
+
+    def log(self) -> None:
+        """Says the report in the log, and warns of damaged shards."""
+        for line in self.lines():
+            log.info(line)
+        for problem in self.problems:
+            log.warning("damaged: %s", problem)
 
     def write(self, path: Path) -> None:
         """The report as JSON."""

@@ -6,6 +6,7 @@ no `pipe:` addresses, no compression, no pickles, only bytes at an offset.
 
 import glob
 import json
+import logging
 import os
 import re
 import tarfile
@@ -19,6 +20,8 @@ from typing import Any
 from braceexpand import braceexpand
 
 MAX_JSON_BYTES = 2**20
+
+log = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
@@ -152,6 +155,7 @@ def read_member(record: ClipRecord, extension: str) -> bytes:
         for other in _elsewhere(record.shard, record.shard.stat().st_mtime_ns).get((record.key, extension), []):
             data = _read(record.shard, Member(other.offset, other.size, member.checksum))
             if data is not None:
+                _say_moved(record.shard)
                 return data
     ended = record.shard.stat().st_size < member.offset + member.size
     what = "ends before it" if ended else "no longer holds it as it was indexed"
@@ -168,6 +172,12 @@ def _read(shard: Path, member: Member) -> bytes | None:
         raise BadDataError(f"{shard}: cannot be read any more ({error}); it was indexed at the start") from error
     right = len(data) == member.size and member.checksum in (None, zlib.crc32(data))
     return data if right else None
+
+
+@lru_cache(maxsize=1024)
+def _say_moved(shard: Path) -> None:
+    """Once a shard and process."""
+    log.warning("%s was changed after it was indexed: members lie elsewhere in it now, and are taken from there", shard)
 
 
 @lru_cache(maxsize=16)
