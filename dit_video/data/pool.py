@@ -2,9 +2,8 @@
 
 In this process one thread watches over each worker, so that limits hold and workers go on while the consumer is busy elsewhere.
 Jobs and small answers go through a socket, pixels through shared memory. Workers are fresh interpreters that import the work and
-nothing of the program: a fork would break the threads of torch and of decoders, and multiprocessing's forkserver and spawn import
-the program's main module, which may import torch, into each worker, and leave a server behind. It isolates from accidents; it is
-no sandbox against an attack.
+nothing of the program: a fork would break the threads of torch and of decoders, and what multiprocessing starts otherwise imports
+the program's main module, often with torch, and leaves a server behind. It isolates from accidents; it is no sandbox.
 """
 
 import atexit
@@ -35,12 +34,18 @@ from jaxtyping import UInt8
 Job = TypeVar("Job")
 Value = TypeVar("Value")
 Pixels = UInt8[np.ndarray, " bytes"]
+Slots = UInt8[np.ndarray, "slots row"]
 
 CHECK_SECONDS = 0.1
-"""How often a worker's memory is looked at; time limits are counted in such waits, so a stopped and continued program loses none."""
+"""How often a busy worker's memory is looked at. Time limits are counted in such waits, so that stopping the program costs no job.
+
+Looking lets a worker exceed its limit for so long, but RLIMIT_AS also counts address space that decoders reserve and never use,
+and a decoder that meets it aborts, crashes or reports damage, without saying that it was memory.
+"""
 START_SECONDS = 120.0
 """How long a worker may take to import its work, which can be slow on a network drive."""
 MAX_STARTS = 3
+KILL_SECONDS = 10.0
 GIB = 2**30
 START = "import sys; sys.path[:] = sys.argv[5:]; from dit_video.data.pool import _serve; _serve(*map(int, sys.argv[1:5]))"
 SIGNALS_OF_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2) if os.name == "posix" else ()
@@ -71,23 +76,17 @@ class DecodePool(Generic[Job, Value]):
     """Runs `work(job, out) -> value` in worker processes that are replaced when a job hangs, kills or swells them.
 
     `work`, its jobs and its values are pickled, so work is a function at the top level of an importable module or an object of a
-    class of one. It writes pixels to `out`, uint8 of slot_bytes that hold what an earlier job left there. A job fails where it
+    class of one. It writes pixels to `out`, uint8 of slot_bytes, which still hold those of an earlier job. A job fails where it
     raises (a ValueError's text is its reason), gives no answer in timeout_seconds, ends its worker, or makes it hold more than
     memory_bytes; it is never tried again, and no other job is touched. A worker that holds over half of memory_bytes after a job
-    is replaced, so that a slow leak fails no job. Memory is what a process has for itself, without the slots, and is watched on
-    Linux alone. With num_workers=0 the work runs in this process, without any limit.
+    is replaced, so that a slow leak fails no job. Memory is what a process has resident for itself, without the slots, and is
+    watched on Linux alone. With num_workers=0 the work runs in this process, without isolation and limits.
     """
 
     def __init__(
-        self,
-        work: Callable[[Job, Pixels], Value],
-        num_workers: int,
-        slot_bytes: int,
-        *,
-        timeout_seconds: float = 30.0,
-        memory_bytes: int = 4 * GIB,
-        ahead: int | None = None,
-    ) -> None:
+        self, work: Callable[[Job, Pixels], Value], num_workers: int, slot_bytes: int, *,
+        timeout_seconds: float = 30.0, memory_bytes: int = 4 * GIB, ahead: int | None = None,
+    ) -> None:  # fmt: skip
         self.work, self.num_workers, self.slot_bytes = work, num_workers, slot_bytes
         self.timeout_seconds, self.memory_bytes = timeout_seconds, memory_bytes
         self.ahead = 2 * num_workers if ahead is None else ahead
@@ -103,8 +102,9 @@ class DecodePool(Generic[Job, Value]):
         """Results and failures in the order of the jobs, of which at most `ahead` are read beyond the one that is given out.
 
         The pixels of a result are valid until the next one is asked for: copy them, as into a row of a batch, before that.
-        Workers and shared memory, (ahead + 1) * slot_bytes, belong to this call: they come with the first result and go when the
-        generator ends, is closed or collected, or the program ends in any way. PoolError where no worker can be started.
+        Workers and shared memory, (ahead + 1) * slot_bytes, belong to this call: they come when the first result is asked for and
+        go when the generator ends, is closed or collected, or the program ends in any way. PoolError where no worker can start. What
+        `jobs` raises ends the map at once.
         """
         return self._map_here(jobs) if self.num_workers == 0 else self._map_in_workers(jobs)
 
@@ -127,7 +127,8 @@ class DecodePool(Generic[Job, Value]):
         tasks: SimpleQueue[_Task | None] = SimpleQueue()
         pending: deque[_Task] = deque()
         with _shared_file(len(free) * _row_bytes(self.slot_bytes)) as file:
-            watchers = [_Watcher(self, work, file, tasks) for _ in range(self.num_workers)]
+            slots = _map_slots(file.fileno(), self.slot_bytes)
+            watchers = [_Watcher(self, work, file, slots, tasks) for _ in range(self.num_workers)]
             stop = partial(_stop, watchers, tasks)
             atexit.register(stop)  # a generator that is alive at the end of the program may never be closed
             try:
@@ -164,10 +165,12 @@ class _Watcher(threading.Thread):
     A daemon, as the end of the program must not wait for a job. The worker is started by this thread and dies with it.
     """
 
-    def __init__(self, pool: DecodePool[Any, Any], work: bytes, file: IO[bytes], tasks: "SimpleQueue[_Task | None]") -> None:
+    def __init__(
+        self, pool: DecodePool[Any, Any], work: bytes, file: IO[bytes], slots: Slots, tasks: "SimpleQueue[_Task | None]"
+    ) -> None:
         super().__init__(name="decode pool", daemon=True)
-        self.pool, self.work, self.file, self.tasks = pool, work, file, tasks
-        self.slots = _map_slots(file.fileno(), pool.slot_bytes)
+        self.pool, self.work, self.file, self.slots, self.tasks = pool, work, file, slots, tasks
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # parallelism is over jobs
         self.stopping = False
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: socket.socket
@@ -213,11 +216,10 @@ class _Watcher(threading.Thread):
         self.reader = self.connection.makefile("rb")
         passed = (theirs.fileno(), self.file.fileno())
         numbers = (*passed, self.pool.slot_bytes, os.getpid())
-        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # parallelism is over jobs
         try:
             process = self.process = subprocess.Popen(
                 [sys.executable, "-c", START, *map(str, numbers), *sys.path],
-                stdin=subprocess.DEVNULL, pass_fds=passed, env=os.environ | one_thread,
+                stdin=subprocess.DEVNULL, pass_fds=passed, env=self.environment,
             )  # fmt: skip
         except OSError as error:
             self._disconnect()
@@ -264,7 +266,7 @@ class _Watcher(threading.Thread):
     def _cause_of_death(self, process: subprocess.Popen[bytes]) -> str | None:
         """How a worker ended whose connection is lost, None where it did not; it is gone after this."""
         try:
-            code = process.wait(5)
+            code = process.wait(KILL_SECONDS / 5)
         except subprocess.TimeoutExpired:
             return None
         finally:
@@ -281,7 +283,7 @@ class _Watcher(threading.Thread):
             process.kill()
             self._disconnect()
             try:
-                process.wait(10)
+                process.wait(KILL_SECONDS)
             except subprocess.TimeoutExpired as error:
                 raise PoolError("a worker cannot be killed, as when the drive it reads from hangs; mend that") from error
 
@@ -317,7 +319,7 @@ def _shared_file(num_bytes: int) -> IO[bytes]:
     return file
 
 
-def _map_slots(descriptor: int, slot_bytes: int) -> UInt8[np.ndarray, "slots row"]:
+def _map_slots(descriptor: int, slot_bytes: int) -> Slots:
     """The slots in a shared file, one a row; the last byte of a row says whether the job of the slot was begun."""
     return np.frombuffer(mmap.mmap(descriptor, 0), np.uint8).reshape(-1, _row_bytes(slot_bytes))
 
@@ -359,14 +361,14 @@ def _serve(connection_descriptor: int, file_descriptor: int, slot_bytes: int, pa
         connection.sendall(pickle.dumps(f"{type(error).__name__}: {error}"))
         return
     connection.sendall(pickle.dumps(None))
-    while True:
-        try:
+    try:
+        while True:
             index, job = pickle.load(reader)
-        except EOFError:  # the parent is gone, or done
-            return
-        slots[index, -1] = 1
-        try:
-            answer = pickle.dumps((work(pickle.loads(job), slots[index, :slot_bytes]), None))
-        except Exception as error:
-            answer = pickle.dumps((None, _describe(error)))
-        connection.sendall(answer)
+            slots[index, -1] = 1
+            try:
+                answer = pickle.dumps((work(pickle.loads(job), slots[index, :slot_bytes]), None))
+            except Exception as error:
+                answer = pickle.dumps((None, _describe(error)))
+            connection.sendall(answer)
+    except (EOFError, ConnectionError):  # the parent is gone
+        return
