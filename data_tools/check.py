@@ -163,7 +163,7 @@ def index_shards(shards: str | Sequence[str], anew: bool = False) -> None:
             console.print(f"{path}: has an index", markup=False)
             continue
         try:
-            index = build(path, checksums=True)
+            index = build(path, checksums=True, look=True)
         except BadDataError as error:
             console.print(f"damaged: {error}", markup=False)
             damaged += 1

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
@@ -49,6 +51,7 @@ class ShardIndex:
     member_size: np.ndarray  # int64
     member_checksum: np.ndarray  # int64, NO_CHECKSUM where it was never taken
     shard_bytes: int = 0
+    looked: bool = False  # whether shapes were looked for; where they are 0 all the same they cannot be read
     problems: list[str] = field(default_factory=list)  # what the headers could not tell; not stored
 
     def __len__(self) -> int:
@@ -78,8 +81,8 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def build(shard: Path, checksums: bool = False) -> ShardIndex:
-    """The index of a shard from its headers; with checksums its members are read, and clips whose size no json tells are looked into.
+def build(shard: Path, checksums: bool = False, look: bool = False) -> ShardIndex:
+    """The index of a shard from its headers; with checksums its members are read, and with `look` the shapes of its clips are found out.
 
     What cannot be indexed is left out and said in `problems`: what follows a damaged header or the end of a cut file, members that are no
     plain files, names that lead out of the folder, and members that are there twice. BadDataError where it is no tar at all.
@@ -106,7 +109,7 @@ def build(shard: Path, checksums: bool = False) -> ShardIndex:
         del samples[key]
     if checksums:
         samples = {key: _with_checksums(shard, members) for key, members in samples.items()}
-    return table(shard, samples, problems, look=checksums)
+    return table(shard, samples, problems, look)
 
 
 def _with_checksums(shard: Path, members: dict[str, Member]) -> dict[str, Member]:
@@ -142,6 +145,7 @@ def table(shard: Path, samples: Mapping[str, Mapping[str, Member]], problems: li
         member_size=np.array([member.size for _, member in rows], np.int64),
         member_checksum=np.array([NO_CHECKSUM if m.checksum is None else m.checksum for _, m in rows], np.int64),
         shard_bytes=shard.stat().st_size,
+        looked=look,
         problems=problems,
     )
 
@@ -213,6 +217,7 @@ def save(index: ShardIndex, path: Path) -> None:
     columns["key_bytes"] = np.frombuffer(b"".join(keys), np.uint8)
     columns["key_ends"] = np.cumsum([len(key) for key in keys], dtype=np.int64)
     about = {"version": INDEX_VERSION, "extensions": json.dumps(index.extensions), "shard_bytes": str(index.shard_bytes)}
+    about["looked"] = json.dumps(index.looked)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(to_safetensors(columns, about))
@@ -227,13 +232,17 @@ def load(path: Path) -> ShardIndex:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             columns = {name: file.get_tensor(name) for name in (*COLUMNS, "key_bytes", "key_ends")}
-            extensions, shard_bytes = json.loads(about["extensions"]), int(about["shard_bytes"])
+            extensions, shard_bytes, looked = (
+                json.loads(about["extensions"]),
+                int(about["shard_bytes"]),
+                about["looked"] == "true",
+            )
         raw, ends = columns.pop("key_bytes").tobytes(), columns.pop("key_ends")
         starts = [0, *ends[:-1].tolist()]
         keys = [raw[start:end].decode() for start, end in zip(starts, ends.tolist(), strict=True)] if len(ends) else []
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BadDataError(f"{path}: is no index that can be read ({error}); delete it, and it is built anew") from error
-    index = ShardIndex(keys, extensions=extensions, shard_bytes=shard_bytes, **columns)
+    index = ShardIndex(keys, extensions=extensions, shard_bytes=shard_bytes, looked=looked, **columns)
     if about.get("version") != INDEX_VERSION or not _fits(index):
         raise BadDataError(f"{path}: is an index of another version, or damaged; delete it, and it is built anew")
     return index
@@ -255,43 +264,51 @@ def _fits(index: ShardIndex) -> bool:
     )
 
 
-def index_of(shard: Path, checksums: bool = False) -> ShardIndex:
+def index_of(shard: Path, look: bool = False) -> ShardIndex:
     """A shard's index: its sidecar where there is one, else built from its headers, and kept beside it where that can be written.
 
-    An index with checksums knows better than a shard that was changed; one without is built anew.
+    An index with checksums knows better than a shard that was changed; one without is built anew, and so is one that lacks the shapes
+    where they are asked for.
     """
     path = sidecar(shard)
     if path.exists():
         index, found = load(path), shard.stat()
-        if not index.checked and (found.st_size != index.shard_bytes or found.st_mtime_ns > path.stat().st_mtime_ns):
-            log.info("%s was changed after %s was built, which is built anew", shard, path.name)
-        else:
-            if found.st_size != index.shard_bytes:
+        changed = found.st_size != index.shard_bytes
+        if index.checked or not (changed or found.st_mtime_ns > path.stat().st_mtime_ns):
+            if changed:
                 was = f"has {found.st_size} bytes, {index.shard_bytes} when indexed"
                 index.problems.append(f"{was}; if it was written anew, delete {path.name}")
-            return index
+            if index.looked or not look:
+                return index
+            samples = {key: index.members(row) for row, key in enumerate(index.keys)}
+            return _keep(table(shard, samples, index.problems, look=True), path)
+        log.info("%s was changed after %s was built, which is built anew", shard, path.name)
     try:
-        built = build(shard, checksums)
+        return _keep(build(shard, look=look), path)
     except BadDataError as error:
         return table(shard, {}, [str(error)], look=False)
+
+
+def _keep(index: ShardIndex, path: Path) -> ShardIndex:
     try:
-        if not built.problems:  # a damaged shard's index would pass for a whole one's
-            save(built, path)
+        if not index.problems:  # a damaged shard's index would pass for a whole one's
+            save(index, path)
     except OSError as error:
         log.info("%s is not written (%s); the shard is indexed anew each time", path, error)
-    return built
+    return index
 
 
 class Clips:
     """All samples of many shards, numbered through in the order of the shards."""
 
-    def __init__(self, shards: Sequence[Path], kept: int = 512) -> None:
+    def __init__(self, shards: Sequence[Path], look: bool = False, kept: int = 512) -> None:
         self.shards = list(shards)
-        self._index = lru_cache(maxsize=kept)(lambda number: index_of(self.shards[number]))
+        self._index = lru_cache(maxsize=kept)(lambda number: index_of(self.shards[number], look))
         self._learned: dict[int, ShardIndex] = {}
-        self.starts = np.concatenate([[0], np.cumsum([len(self._index(number)) for number in range(len(self.shards))])]).astype(
-            np.int64
-        )
+        new = sum(not sidecar(shard).exists() for shard in self.shards)
+        told = track(self.shards, f"indexing {new} shards", console=Console(stderr=True), transient=True, disable=not new)
+        counts = [len(self._index(number)) for number, _ in enumerate(told)]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -349,4 +366,4 @@ def index_shards(shards: Sequence[Path]) -> list[ClipRecord]:
 
 def write_index(shard: Path) -> None:
     """Writes the index of a shard that was just written, with checksums and the shapes of its clips."""
-    save(build(shard, checksums=True), sidecar(shard))
+    save(build(shard, checksums=True, look=True), sidecar(shard))

@@ -110,7 +110,7 @@ class ClipLoader:
         named = sources or {"shards": {"shards": shards, "weight": 1.0}}
         paths = {name: expand_shards(source["shards"]) for name, source in named.items()}
         weights = [float(source.get("weight", 1.0)) for source in named.values()]
-        self.clips = Clips([path for each in paths.values() for path in each])
+        self.clips = Clips([path for each in paths.values() for path in each], look=len(self.shapes) > 1)
         self._check_members(caption_ext if captions is None else None)
         owner = np.repeat(np.arange(len(paths)), [len(each) for each in paths.values()])
         source = np.repeat(owner, np.diff(self.clips.starts))
