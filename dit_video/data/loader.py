@@ -124,6 +124,9 @@ class ClipLoader:
             raise BadDataError(
                 f"{self.clips.shards[0]}: none of {len(self.clips)} clips is usable ({self.report.refused()}); change data.shards"
             )
+        for number, (name, weight) in enumerate(zip(paths, weights, strict=True)):
+            if weight > 0 and not ((chosen >= 0) & (source == number)).any():
+                raise BadDataError(f"source {name} has a weight and no usable clip; set data.sources.{name}.weight=0, or mend it")
         records = [
             [np.flatnonzero((chosen == bucket) & (source == number)) for number in range(len(paths))]
             for bucket in range(len(self.shapes))
