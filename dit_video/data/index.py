@@ -30,6 +30,7 @@ VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 SHAPE_KEYS = ("num_frames", "height", "width", "fps")  # of a sample's json, believed where all are there
 NO_CHECKSUM = -1
+SAVE_EVERY = 10_000  # checksums that are taken at a first read
 
 log = logging.getLogger(__name__)
 
@@ -305,6 +306,7 @@ class Clips:
         self.shards = list(shards)
         self._index = lru_cache(maxsize=kept)(lambda number: index_of(self.shards[number], look))
         self._learned: dict[int, ShardIndex] = {}
+        self._unsaved = 0
         new = sum(not sidecar(shard).exists() for shard in self.shards)
         told = track(self.shards, f"indexing {new} shards", console=Console(stderr=True), transient=True, disable=not new)
         counts = [len(self._index(number)) for number, _ in enumerate(told)]
@@ -329,6 +331,9 @@ class Clips:
             if extension in checksums and index.member_checksum[place] == NO_CHECKSUM:
                 index.member_checksum[place] = checksums[extension]
                 self._learned[shard] = index
+                self._unsaved += 1
+        if self._unsaved >= SAVE_EVERY:
+            self.save_learned()
 
     def save_learned(self) -> None:
         """Writes the indices that have learned something, where they can be written."""
@@ -340,6 +345,7 @@ class Clips:
             except OSError as error:
                 log.info("%s is not written: %s", path, error)
         self._learned.clear()
+        self._unsaved = 0
 
     def indices(self) -> Iterator[tuple[Path, ShardIndex]]:
         """Every shard with its index, in order."""

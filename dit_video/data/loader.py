@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,7 +240,8 @@ class ClipLoader:
                 yield self._gather(*planned.popleft(), next_outcome)
         finally:
             outcomes.close()
-            self.clips.save_learned()
+            if not sys.is_finalizing():  # then files can no longer be written
+                self.clips.save_learned()
 
     def _gather(self, step: Step, parts: list[range], entries: list[_Entry], next_outcome: Callable[[], Any]) -> Batch:
         """A rank's part of a step; a micro-batch without a clip is one filler of weight 0."""
