@@ -71,21 +71,25 @@ def test_a_compressed_bomb_is_not_unpacked(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # 64 MiB
 
 
-def huge_frames() -> bytes:
-    """An AVI of raw pictures whose header claims 100,000 x 100,000 of them."""
+def huge_frames(side: int) -> bytes:
+    """An AVI of raw pictures whose header claims that they are side x side."""
     out = io.BytesIO()
     with av.open(out, "w", format="avi") as container:
         stream = container.add_stream("rawvideo", rate=8)
         stream.height, stream.width, stream.pix_fmt = 16, 16, "bgr24"
         for pixels in counting_video(3, 16, 16):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="bgr24")))
-    return out.getvalue().replace(struct.pack("<II", 16, 16), struct.pack("<II", 100_000, 100_000))
+    changed = bytearray(out.getvalue())
+    at = changed.index(b"strf") + 12  # after the chunk's length and the header's own
+    changed[at : at + 8] = struct.pack("<ii", side, side)
+    return bytes(changed)
 
 
 def test_a_header_of_huge_frames_or_hours_is_refused_before_decoding() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DecodeError, match="100000 x 100000 are larger than|not a video"):
-        decode_clip(huge_frames(), num_frames=3, fps=8, height=16, width=16)
+    for side, said in ((20_000, "20000 x 20000 are larger than"), (100_000, "")):  # FFmpeg itself refuses the second
+        with pytest.raises(DecodeError, match=said):
+            decode_clip(huge_frames(side), num_frames=3, fps=8, height=16, width=16)
     with pytest.raises(DecodeError, match="36000 s by its header"):
         probe(mp4_at([0, 0.1, 36_000]))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # 64 MiB
