@@ -152,7 +152,16 @@ def test_accumulating_and_workers_leave_training_as_it_is(straight: Path, world_
 
 def test_what_lies_in_a_run_s_folder(trained_run: Path) -> None:
     found = {path.name for path in trained_run.iterdir()}
-    assert found == {"config.yaml", "commits.txt", "metrics.jsonl", "checkpoints", "samples", "summary.json", "report.html"}
+    assert found == {
+        "config.yaml",
+        "commits.txt",
+        "metrics.jsonl",
+        "data.json",
+        "checkpoints",
+        "samples",
+        "summary.json",
+        "report.html",
+    }
     for clips in (80, 160):
         samples = trained_run / "samples" / f"clips-{clips:09d}"
         assert sorted(path.name for path in samples.iterdir()) == ["000.mp4", "contact_sheet.png"]

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,11 +218,11 @@ def save(index: ShardIndex, path: Path) -> None:
     columns = {name: np.ascontiguousarray(getattr(index, name), kind) for name, kind in COLUMNS.items()}
     columns["key_bytes"] = np.frombuffer(b"".join(keys), np.uint8)
     columns["key_ends"] = np.cumsum([len(key) for key in keys], dtype=np.int64)
-    about = {"version": INDEX_VERSION, "extensions": json.dumps(index.extensions), "shard_bytes": str(index.shard_bytes)}
-    about["looked"] = json.dumps(index.looked)
+    about = {"version": INDEX_VERSION, "extensions": index.extensions, "shard_bytes": index.shard_bytes, "looked": index.looked}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(to_safetensors(columns, about))
+        # one entry, as safetensors writes several in a random order, and the same shard shall have the same index
+        partial.write_bytes(to_safetensors(columns, {"about": json.dumps(about)}))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -231,17 +232,13 @@ def load(path: Path) -> ShardIndex:
     """Reads an index; BadDataError where it is damaged, of another version, or its columns do not fit together."""
     try:
         with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["about"])
             columns = {name: file.get_tensor(name) for name in (*COLUMNS, "key_bytes", "key_ends")}
-            extensions, shard_bytes, looked = (
-                json.loads(about["extensions"]),
-                int(about["shard_bytes"]),
-                about["looked"] == "true",
-            )
+            extensions, shard_bytes, looked = list(about["extensions"]), int(about["shard_bytes"]), about["looked"] is True
         raw, ends = columns.pop("key_bytes").tobytes(), columns.pop("key_ends")
         starts = [0, *ends[:-1].tolist()]
         keys = [raw[start:end].decode() for start, end in zip(starts, ends.tolist(), strict=True)] if len(ends) else []
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise BadDataError(f"{path}: is no index that can be read ({error}); delete it, and it is built anew") from error
     index = ShardIndex(keys, extensions=extensions, shard_bytes=shard_bytes, looked=looked, **columns)
     if about.get("version") != INDEX_VERSION or not _fits(index):
@@ -308,7 +305,10 @@ class Clips:
         self._learned: dict[int, ShardIndex] = {}
         self._unsaved = 0
         new = sum(not sidecar(shard).exists() for shard in self.shards)
-        told = track(self.shards, f"indexing {new} shards", console=Console(stderr=True), transient=True, disable=not new)
+        if new > 1:
+            log.info("indexing %d shards", new)
+        silent = not new or not sys.stderr.isatty()
+        told = track(self.shards, f"indexing {new} shards", console=Console(stderr=True), transient=True, disable=silent)
         counts = [len(self._index(number)) for number, _ in enumerate(told)]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 

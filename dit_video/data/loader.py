@@ -159,9 +159,7 @@ class ClipLoader:
         where = f"{shards[0]}" + (f" and {len(shards) - 1} more shards" if len(shards) > 1 else "")
         if not len(self.clips):
             problems = self.clips.problems()
-            raise BadDataError(
-                f"{where}: hold no sample ({'; '.join(problems[:3]) or 'they are empty tars'}); change data.shards"
-            )
+            raise BadDataError(problems[0] if problems else f"{where}: a tar without samples; change data.shards")
         wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if any(shape.num_frames == 1 for shape in self.shapes) else ())
         if not set(found) & set(wanted):
             raise BadDataError(f"{where}: no video in {len(self.clips)} samples, their members are {found}; change data.shards")

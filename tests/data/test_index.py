@@ -1,6 +1,7 @@
 """The index of a shard: what it holds, what it survives, and what it refuses."""
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -83,14 +84,15 @@ def test_a_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
     write_index(path)
     place = sidecar(path)
     columns = load_file(place)
-    about = {"version": "1", "extensions": '["json", "mp4", "png", "txt"]', "shard_bytes": "1", "looked": "true"}
+    told = {"version": "1", "extensions": ["json", "mp4", "png", "txt"], "shard_bytes": 1, "looked": True}
+    about = {"about": json.dumps(told)}
     match damage:
         case "truncate":
             place.write_bytes(place.read_bytes()[:-40])
         case "text":
             place.write_text("no index at all")
         case "version":
-            save_file(columns, place, about | {"version": "0"})
+            save_file(columns, place, {"about": json.dumps(told | {"version": "0"})})
         case "column":
             del columns["fps"]
             save_file(columns, place, about)
