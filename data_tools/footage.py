@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dit_video.data.decode import choose_frames
+from dit_video.data.index import write_index
 from dit_video.data.shards import write_shard
 from dit_video.data.video_file import Video, encode_mp4
 
@@ -313,7 +314,9 @@ def _write_shards(folder: Path, samples: Iterator[dict[str, Any]], shard_size: i
         chunk = list(islice(samples, shard_size))
         if not chunk:
             return
-        write_shard(folder / f"{number:05d}.tar", chunk)
+        path = folder / f"{number:05d}.tar"
+        write_shard(path, chunk)
+        write_index(path)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import webdataset  # type: ignore[import-untyped]
 
+from dit_video.data.index import write_index
+from dit_video.data.shards import sidecar
 from dit_video.data.video_file import encode_mp4
 from dit_video.world.captions import caption, prompts
 from dit_video.world.render import render
@@ -168,9 +170,11 @@ def _write_shard(job: tuple[Path, range, _Settings]) -> int:
             with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
                 for number in numbers:
                     writer.write(clip_sample(settings, number))
+        sidecar(path).unlink(missing_ok=True)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    write_index(path)
     return len(numbers)
 
 

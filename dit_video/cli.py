@@ -183,11 +183,12 @@ def _program(command: str, trust: Sequence[str], config: "DictConfig") -> Any:
     if trust and os.getcwd() not in sys.path:  # a package of the user's own stands where the user stands
         sys.path.append(os.getcwd())
     check_targets(config, ("dit_video", *trust))
-    if command == "data":
+    program = config.get("program") if command == "data" else f"dit_video.{command}"
+    if program is None:  # a tool that is a plain function of its keys
         return _call_target(config)
     with open_dict(config):
         config.trust = list(trust)
-    return importlib.import_module(f"dit_video.{command}").main(config)
+    return importlib.import_module(program).main(config)
 
 
 def _call_target(config: "DictConfig") -> Any:

@@ -41,8 +41,12 @@ COMMANDS = {
         ("dit-video info model=tiny", "dit-video info model=14b num_frames=81 height=720 width=1280"),
     ),
     "data": Command(
-        "make shards of captioned clips",
-        ("dit-video data world", "dit-video data footage"),
+        "make, index and check shards of captioned clips, and look at a step of training",
+        (
+            "dit-video data world",
+            "dit-video data check shards='footage/*.tar'",
+            "dit-video data peek step=100 experiment=world_quick",
+        ),
     ),
     "completion": Command(
         "print a script that teaches a shell to complete commands, keys and options",

@@ -3,6 +3,8 @@
 runs/<name>/config.yaml        the resolved config
             commits.txt        the code's commit at each start
             metrics.jsonl      every number recorded in training
+            data.json          what the data is: clips of every bucket and source, what was refused
+            skipped.jsonl      clips that could not be used, and why
             checkpoints/       verified, the newest last
             samples/           made while training
             evaluation/        clips of the latest evaluation, with index.jsonl

@@ -8,7 +8,9 @@ The frame rule: a clip has 1 + k * pt frames, and its first frame fills a tempor
 a video of one frame, and the first frame can be given exactly. In a token of the first frame the values before that frame are zeros.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -141,16 +143,29 @@ class Batch:
     slots: Int[Tensor, " b"]  # the clip's number in the global stream: the seed of everything random about it
     fps: float
     weights: Float[Tensor, " b"] = field(default=None)  # type: ignore[assignment]  # 0 for a filler, 1 for a clip
+    parts: list[int] = field(default_factory=list)  # clips of each micro-batch, in order; none said: all are one
+    starts: Float[Tensor, " b"] = field(default=None)  # type: ignore[assignment]  # seconds into the source
 
     def __post_init__(self) -> None:
         if self.weights is None:
             self.weights = torch.ones(len(self.captions))
+        if self.starts is None:
+            self.starts = torch.zeros(len(self.captions))
+        self.parts = self.parts or [len(self.captions)]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device."""
-        return Batch(
-            self.video.to(device, non_blocking=True), self.captions, self.keys, self.slots, self.fps, self.weights.to(device)
-        )
+        return replace(self, video=self.video.to(device, non_blocking=True), weights=self.weights.to(device))
+
+    def micro_batches(self) -> "Iterator[Batch]":
+        """The batch in its parts."""
+        bounds = [0, *accumulate(self.parts)]
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            cut = slice(start, end)
+            yield Batch(
+                self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut], self.fps, self.weights[cut],
+                starts=self.starts[cut],
+            )  # fmt: skip
 
 
 def to_float(video: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from dit_video.build import check_whole, make, make_network, make_objective, make_sampler, make_trained, plain
+from dit_video.data.buckets import ClipShape
 from dit_video.data.loader import ClipLoader
 from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
@@ -40,9 +41,11 @@ from dit_video.trainer.record import JsonlRecord
 
 log = logging.getLogger(__name__)
 
+WORDS_OF_A_CAPTION = 16  # where the cost of a step is worked out; what counts is the clips' tokens
+ALL_AT_ONCE = {"sources": None, "micro_batches": 1}  # of held-out clips
 BESIDE_TRAINING = {
     "trust", "logger", "runs", "every", "eval", "sampler", "sample_prompts", "keep_checkpoints", "profile", "validation",
-    "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path",
+    "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path", "data.timeout_seconds", "data.worker_bytes",
 }  # fmt: skip
 """Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
 
@@ -62,10 +65,12 @@ def main(config: DictConfig) -> None:
             write_json(folder / "summary.json", summary(config, meta, spent))
             write_report(folder)
         return
-    loader: ClipLoader = make(config.data, skipped_path=str(folder / "skipped.jsonl"))
+    loader: ClipLoader = make(config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config))
     module = make_module(config, resume)
     callbacks = make_callbacks(config, folder, module, resume, spent)
     open_run(folder, config, resume)
+    loader.report.log()
+    loader.report.write(folder / "data.json")
     loggers: list[Logger] = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
     loggers += [make(config.logger, folder=folder)] if config.logger else []
     for logger in loggers:
@@ -84,11 +89,13 @@ def check(config: DictConfig) -> None:
     """ValueError where values cannot work, alone or together, before anything is allocated."""
     if "/" in config.name or config.name in ("", ".", ".."):
         raise ValueError(f"a run's name is one folder's, got {config.name!r}; set name, and runs for where it lies")
-    check_whole(config, 1, "max_clips", "accumulate", "data.batch_size", "validation.clips")
+    check_whole(config, 1, "max_clips", "data.batch_size", "data.micro_batches", "validation.clips")
     check_whole(config, 0, "seed", *(f"every.{name}" for name in config.every))
     network, data = make_network(config), config.data
     transformer = network.transformer
-    token_grid(data.num_frames, data.height, data.width, transformer.patch)
+    for shape in [data, *(data.buckets or [])]:
+        whole = {key: shape.get(key, data[key]) for key in ("num_frames", "height", "width")}
+        token_grid(whole["num_frames"], whole["height"], whole["width"], transformer.patch)
     if transformer.channels != 3:
         raise ValueError(f"videos have 3 channels, the model takes {transformer.channels}; set model.channels=3 and model.patch")
     if list(transformer.ends) != ["video"]:
@@ -101,10 +108,6 @@ def check(config: DictConfig) -> None:
     make_sampler(config)
     make(config.optimisers)
     Hardware(**plain(config.trainer))
-    if config.accumulate > data.batch_size:
-        raise ValueError(
-            f"a batch of {data.batch_size} clips has no {config.accumulate} parts; set accumulate or data.batch_size"
-        )
 
 
 def find_run(folder: Path, config: DictConfig) -> Path | None:
@@ -155,7 +158,7 @@ def make_module(config: DictConfig, resume: Path | None) -> VideoDiffusion:
     if config.init_from and not resume:
         take_over(network, Path(config.init_from))
     optimisers: Optimisers = make(config.optimisers)
-    return VideoDiffusion(network, make_objective(config), optimisers, config.max_clips, config.accumulate, config.ema_decay)
+    return VideoDiffusion(network, make_objective(config), optimisers, config.max_clips, config.ema_decay)
 
 
 def take_over(network: torch.nn.Module, run: Path) -> None:
@@ -209,16 +212,22 @@ def make_callbacks(
         callbacks.append(Evaluating(every.evaluate, judge))
     if every.validate and config.validation.shards:
         clips = config.validation.clips
-        held_out: ClipLoader = make(data, shards=config.validation.shards, num_workers=0, max_clips=clips, random_start=False)
-        callbacks.append(ValidationLoss(every.validate, lambda: one_pass(held_out)))
+        held_out: ClipLoader = make(
+            data, shards=config.validation.shards, num_workers=0, max_clips=clips, random_start=False, **ALL_AT_ONCE
+        )
+        callbacks.append(ValidationLoss(every.validate, held_out.one_pass))
     return [*callbacks, Saving(every.save, folder / "checkpoints", config.keep_checkpoints, resume, spent)]
 
 
-def one_pass(loader: ClipLoader) -> Iterator[Batch]:
-    """Every clip of a loader once: what the last batch holds of the next pass has weight zero."""
-    for batch in itertools.islice(loader.batches(), -(-loader.num_clips // loader.plan.batch_size)):
-        batch.weights = batch.weights * (batch.slots < loader.num_clips)
-        yield batch
+def cost_of(config: DictConfig) -> Callable[[ClipShape], float]:
+    """What a clip of a shape costs to train on, in floating-point operations: linear and quadratic in its tokens."""
+    network = make_network(config)
+
+    def cost(shape: ClipShape) -> float:
+        grid = token_grid(shape.num_frames, shape.height, shape.width, network.transformer.patch)
+        return float(sum(flops_by_part(network, grid, 1, WORDS_OF_A_CAPTION).values()))
+
+    return cost
 
 
 def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:

@@ -152,7 +152,16 @@ def test_accumulating_and_workers_leave_training_as_it_is(straight: Path, world_
 
 def test_what_lies_in_a_run_s_folder(trained_run: Path) -> None:
     found = {path.name for path in trained_run.iterdir()}
-    assert found == {"config.yaml", "commits.txt", "metrics.jsonl", "checkpoints", "samples", "summary.json", "report.html"}
+    assert found == {
+        "config.yaml",
+        "commits.txt",
+        "metrics.jsonl",
+        "data.json",
+        "checkpoints",
+        "samples",
+        "summary.json",
+        "report.html",
+    }
     for clips in (80, 160):
         samples = trained_run / "samples" / f"clips-{clips:09d}"
         assert sorted(path.name for path in samples.iterdir()) == ["000.mp4", "contact_sheet.png"]
@@ -269,7 +278,7 @@ def test_nan_stops_the_run_and_spoils_nothing(
     assert train(world_shards, tmp_path, "run", *LENGTH, *poison) == 1
     (line,) = capsys.readouterr().err.splitlines()
     loader = ClipLoader(f"{world_shards}/*.tar", 8, 9, 32, 32, 8)
-    clip = loader.records[loader.plan.record_index(67)].name
+    clip = loader.clips.record(int(loader.plan.step(8).records[67 - 64])).name
     assert "the loss of step 8 is not finite" in line and f"clips: {clip};" in line and "the weights were not changed" in line
     run = tmp_path / "run"
     assert [path.name for path in checkpoint.listed(run / "checkpoints")] == ["step-00000003", "step-00000006"]

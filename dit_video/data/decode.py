@@ -26,6 +26,10 @@ MAX_SOURCE_PIXELS = 2**26
 """Height times width of a source frame; more is taken for a broken header."""
 
 
+MAX_SOURCE_SECONDS = 4 * 3600.0
+"""Duration of a source; more is taken for a broken header, or for a film that was never cut into clips."""
+
+
 class DecodeError(ValueError):
     """The bytes do not hold the clip that was asked for: no video, broken, or too short."""
 
@@ -59,6 +63,12 @@ def _open(data: bytes) -> InputContainer:
 
 def _probe(container: InputContainer) -> VideoInfo:
     stream = container.streams.video[0]
+    _check_size(stream.height, stream.width)  # as the header says, before anything is allocated for a frame
+    seconds = (container.duration or 0) / av.time_base
+    if seconds > MAX_SOURCE_SECONDS:
+        raise DecodeError(
+            f"it lasts {seconds:.0f} s by its header, and {MAX_SOURCE_SECONDS:.0f} s is the most that is looked into"
+        )
     shown = []
     for packet in container.demux(stream):
         if packet.is_corrupt:
@@ -75,13 +85,17 @@ def _probe(container: InputContainer) -> VideoInfo:
     first = next(container.decode(stream), None)
     if first is None:
         raise DecodeError("not one frame of it decodes")
-    if first.height * first.width > MAX_SOURCE_PIXELS:
-        raise DecodeError(f"its frames of {first.height} x {first.width} are larger than {MAX_SOURCE_PIXELS} pixels")
+    _check_size(first.height, first.width)
     turns = round(first.rotation / 90) % 4
     height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
     tick = float(stream.time_base)
     elapsed = timestamps - timestamps[0]
     return VideoInfo(height, width, turns, float(elapsed[-1] + last) * tick, elapsed * tick, timestamps)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_SOURCE_PIXELS:
+        raise DecodeError(f"its frames of {height} x {width} are larger than {MAX_SOURCE_PIXELS} pixels")
 
 
 def probe(data: bytes) -> VideoInfo:
@@ -169,3 +183,17 @@ def decode_clip(
     except (av.FFmpegError, OverflowError, MemoryError) as error:
         raise DecodeError(f"not a video that can be read: {error}") from error
     return np.ascontiguousarray(centre_crop(video, height, width))
+
+
+def decode_all(data: bytes) -> int:
+    """Decodes every frame of a video file and gives their number; DecodeError where one does not decode, or there is none."""
+    try:
+        with _open(data) as container:
+            info = _probe(container)
+            container.seek(int(info.timestamps[0]), stream=container.streams.video[0])
+            frames = sum(not frame.is_corrupt for frame in container.decode(container.streams.video[0]))
+    except (av.FFmpegError, OverflowError, MemoryError) as error:
+        raise DecodeError(f"not a video that can be read: {error}") from error
+    if frames < len(info.times):
+        raise DecodeError(f"{len(info.times) - frames} of its {len(info.times)} frames do not decode")
+    return frames

@@ -1,233 +1,67 @@
-"""Captioned clips from shards as batches: order from the plan, bytes by offset, frames from the decoder, bad clips on record."""
+"""Captioned clips from shards as batches: order from the plan, bytes by offset, frames from the decoders, bad clips on record."""
 
-import json
+import itertools
 import logging
-import mmap
+import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
-from torch.utils.data import DataLoader, Dataset
 
-from dit_video.data.decode import DecodeError, Decoder, decode_clip
-from dit_video.data.plan import Plan
-from dit_video.data.shards import BadDataError, ClipRecord, expand_shards, index_shards, read_member
-from dit_video.data.video_file import Video, read_image
+from dit_video.data.buckets import NO_SHAPE, ClipShape, assign, level
+from dit_video.data.decode import Decoder
+from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
+from dit_video.data.ledger import BadClip, Ledger
+from dit_video.data.plan import Plan, Step
+from dit_video.data.pool import DecodePool, Failure
+from dit_video.data.reader import ClipReader, Job
+from dit_video.data.report import DataReport, SourceReport
+from dit_video.data.shards import BadDataError, expand_shards
+from dit_video.seeding import fraction
 from dit_video.shapes import Batch
-
-VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
-BAD_IN_A_ROW = 16
-BAD_WINDOW = (100, 1000)
-"""The share of bad clips is judged over as many clips as the data has, but at least and at most so many."""
 
 log = logging.getLogger(__name__)
 
+AHEAD_BYTES = 2**28
+"""Decoded clips that wait for their step, at the most; and no more than AHEAD_CLIPS for every worker."""
+AHEAD_CLIPS = 8
+
+
+@dataclass
+class _Entry:
+    """A clip of the stream on its way into a batch."""
+
+    record: int
+    slot: int
+    bucket: int
+    cached: "_Cached | None"
+
 
 @dataclass(frozen=True)
-class BadClip:
-    """A clip that could not be used, by the index of its record."""
+class _Cached:
+    """A clip that is the same at every visit."""
 
-    index: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ClipShape:
-    """What every clip of a loader is made into."""
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"a clip needs a positive {name}, got {value}; set data.{name}")
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_frames * self.height * self.width * 3
-
-
-def find_member(record: ClipRecord, num_frames: int) -> str | None:
-    """The extension of the member that holds the pictures of a sample; an image will do where one frame is wanted."""
-    wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if num_frames == 1 else ())
-    return next((extension for extension in wanted if extension in record.members), None)
-
-
-def read_caption(record: ClipRecord, extension: str, max_chars: int) -> str:
-    """The caption of a sample, stripped; ValueError where it is missing, empty, too long, not UTF-8, or has a NUL."""
-    if extension not in record.members:
-        raise ValueError(f"no caption: no .{extension} among {sorted(record.members)}")
-    size = record.members[extension][1]
-    if size > 4 * max_chars + 16:
-        raise ValueError(f"the caption of {size} bytes is longer than max_caption_chars={max_chars}")
-    try:
-        caption = read_member(record, extension).decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the caption is not UTF-8: {error.reason} at byte {error.start}") from error
-    if len(caption) > max_chars:
-        raise ValueError(f"the caption of {len(caption)} characters is longer than max_caption_chars={max_chars}")
-    if not caption or "\0" in caption:
-        raise ValueError("the caption has a NUL in it" if caption else "the caption is empty")
-    return caption
-
-
-def _shared_bytes(num_bytes: int) -> UInt8[torch.Tensor, " bytes"]:
-    """Zeros that forked worker processes share; memory is taken when it is written to, and not from a bounded /dev/shm."""
-    return torch.frombuffer(mmap.mmap(-1, max(num_bytes, 1)), dtype=torch.uint8)[:num_bytes]
-
-
-class ClipReader(Dataset[tuple[Batch, list[BadClip]]]):
-    """Slots in, a batch out, the same in any process; decoded clips stay in memory that worker processes share."""
-
-    def __init__(
-        self, records: list[ClipRecord], plan: Plan, shape: ClipShape, *, decoder: Decoder, caption_extension: str,
-        max_caption_chars: int, random_start: bool, cache_bytes: int,
-    ) -> None:  # fmt: skip
-        self.records, self.plan, self.shape = records, plan, shape
-        self.decoder, self.random_start = decoder, random_start
-        self.caption_extension, self.max_caption_chars = caption_extension, max_caption_chars
-        num_cached = min(len(records), cache_bytes // shape.num_bytes)
-        size = (num_cached, shape.num_frames, shape.height, shape.width, 3)
-        self.videos = _shared_bytes(num_cached * shape.num_bytes).view(size)
-        self.filled = _shared_bytes(num_cached).view(torch.bool)
-        self.captions: dict[int, str] = {}
-
-    def __getitem__(self, slots: list[int]) -> tuple[Batch, list[BadClip]]:
-        indices = [self.plan.record_index(slot) for slot in slots]
-        keys = [self.records[index].name for index in indices]
-        if max(indices) < len(self.videos) and self.filled[indices].all():
-            video = self.videos.index_select(0, torch.tensor(indices))
-            captions = [self._caption(index) for index in indices]
-            return Batch(video, captions, keys, torch.tensor(slots), self.shape.fps), []
-        video = torch.zeros(len(slots), *self.videos.shape[1:], dtype=torch.uint8)
-        captions, weights, bad = [""] * len(slots), torch.zeros(len(slots)), []
-        for row, (slot, index) in enumerate(zip(slots, indices, strict=True)):
-            try:
-                caption = self._caption(index)
-                video[row] = self._video(index, slot)
-            except BadDataError:
-                raise  # the shard itself is gone, not one clip
-            except ValueError as error:
-                bad.append(BadClip(index, str(error)))
-            else:
-                captions[row], weights[row] = caption, 1
-        return Batch(video, captions, keys, torch.tensor(slots), self.shape.fps, weights), bad
-
-    def _caption(self, index: int) -> str:
-        caption = self.captions.get(index)
-        if caption is None:
-            caption = read_caption(self.records[index], self.caption_extension, self.max_caption_chars)
-            if index < len(self.videos):
-                self.captions[index] = caption
-        return caption
-
-    def _video(self, index: int, slot: int) -> torch.Tensor:
-        cached = index < len(self.videos)
-        if cached and self.filled[index]:
-            return self.videos[index]
-        pixels, fixed = self._decode(self.records[index], slot)
-        video = torch.from_numpy(pixels)
-        if cached and fixed:
-            self.videos[index] = video
-            self.filled[index] = True  # after the pixels, so that no other process sees half a clip
-        return video
-
-    def _decode(self, record: ClipRecord, slot: int) -> tuple[Video, bool]:
-        """The frames of a record for a slot, and whether every slot would get the same ones."""
-        shape = self.shape
-        extension = find_member(record, shape.num_frames)
-        if extension is None:
-            raise DecodeError(f"no video: none of {', '.join(VIDEO_EXTENSIONS)} among {sorted(record.members)}")
-        data = read_member(record, extension)
-        if extension in IMAGE_EXTENSIONS:
-            return read_image(data, shape.height, shape.width)[None], True
-        fixed = True
-
-        def choose_start(slack: float) -> float:
-            nonlocal fixed
-            if not self.random_start or slack < 0.5 / shape.fps:
-                return 0.0
-            fixed = False
-            return np.random.default_rng([self.plan.seed, slot]).uniform(0, slack)
-
-        pixels = decode_clip(
-            data, num_frames=shape.num_frames, fps=shape.fps, height=shape.height, width=shape.width,
-            start_seconds=choose_start, decoder=self.decoder,
-        )  # fmt: skip
-        return pixels, fixed
-
-
-class Quarantine:
-    """Bad clips on record, once each; BadDataError when there are too many of them."""
-
-    def __init__(self, records: list[ClipRecord], max_bad_fraction: float, path: Path | None) -> None:
-        self.records, self.max_bad_fraction, self.path = records, max_bad_fraction, path
-        least, most = BAD_WINDOW
-        self.window: deque[bool] = deque(maxlen=max(least, min(most, len(records))))
-        self.in_a_row = 0
-        self.known: set[tuple[str, str]] = set()
-        if path is not None and path.is_file():
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            self.known = {(line["shard"], line["key"]) for line in lines}
-
-    def account(self, batch: Batch, bad: list[BadClip]) -> None:
-        """Takes note of one batch."""
-        for clip in bad:
-            self._write(clip)
-        for weight in batch.weights.tolist():
-            self.window.append(weight == 0)
-            self.in_a_row = self.in_a_row + 1 if weight == 0 else 0
-            count, limit = sum(self.window) if weight == 0 else 0, self.max_bad_fraction * (self.window.maxlen or 0)
-            if self.in_a_row >= BAD_IN_A_ROW or count > limit:
-                last = self.records[bad[-1].index]
-                raise BadDataError(
-                    f"{last.shard}: {count} of the last {len(self.window)} clips are bad ({self.in_a_row} in a row); the last is "
-                    f"{last.key}: {bad[-1].reason}; mend data.shards"
-                    + (f" (all are listed in {self.path})" if self.path else "")
-                    + f" or raise data.max_bad_fraction={self.max_bad_fraction:g}"
-                )
-
-    def _write(self, clip: BadClip) -> None:
-        record = self.records[clip.index]
-        if (str(record.shard), record.key) in self.known:
-            return
-        self.known.add((str(record.shard), record.key))
-        log.warning("%s is left out: %s", record.name, clip.reason)
-        if self.path is None:
-            return
-        offset = min((offset for offset, _ in record.members.values()), default=0)
-        line = {"key": record.key, "shard": str(record.shard), "offset": offset, "reason": clip.reason}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _as_is(sample: Any) -> Any:
-    return sample
+    video: torch.Tensor
+    captions: dict[str, str]
 
 
 class ClipLoader:
     """Endless batches of captioned clips from tar shards, in an order that depends on the seed and the step alone.
 
-    A clip that is broken, too short or without a usable caption keeps its slot: zeros for pixels, no caption, weight 0, and one
-    line in `skipped_path`. BadDataError, naming the key to change: shards that cannot be indexed or hold no captioned video, 16
-    bad clips in a row, or more than max_bad_fraction of a window of 100 to 1000 clips. Sources longer than the clip are cut at a
-    place drawn from (seed, slot), unless random_start is off. Clips that are the same at every visit are decoded once and kept,
-    up to cache_bytes.
+    Every clip goes to one of the buckets, and a step holds clips of one; without buckets there is the one of num_frames, height, width
+    and fps. A clip that is broken, too short or without a usable caption keeps its slot: zeros for pixels, no caption, weight 0, and one
+    line in `skipped_path`. BadDataError, naming the key to change: shards that hold no usable clip, 16 bad clips in a row, or more
+    than max_bad_fraction of a window of 100 to 1000 clips. Sources longer than the clip are cut at a place drawn from (seed, slot),
+    unless random_start is off. Clips that are the same at every visit are decoded once and kept, up to cache_bytes.
     """
 
     def __init__(
         self,
-        shards: str | Sequence[str],
+        shards: str | Sequence[str] | None,
         batch_size: int,
         num_frames: int,
         height: int,
@@ -243,70 +77,223 @@ class ClipLoader:
         skipped_path: Path | str | None = None,
         random_start: bool = True,
         max_clips: int | None = None,
+        micro_batches: int = 1,
+        buckets: Sequence[Mapping[str, Any]] | None = None,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+        captions: Mapping[str, float] | None = None,
+        timeout_seconds: float = 30.0,
+        worker_bytes: int = 4 * 2**30,
+        cost: Callable[[ClipShape], float] | None = None,
     ) -> None:
         if decoder not in ("decord", "pyav"):
             raise ValueError(f"there is no decoder {decoder!r}; set data.decoder to decord or pyav")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}; set data.num_workers")
+        for name, value in {"batch_size": batch_size, "micro_batches": micro_batches}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; set data.{name}")
         if max_clips is not None and max_clips < 1:
             raise ValueError(f"max_clips must be positive or null, got {max_clips}; set data.max_clips")
-        self.shape = ClipShape(num_frames, height, width, float(fps))
-        Plan(1, batch_size, seed)  # refuses its numbers before gigabytes are indexed
-        paths = expand_shards(shards)
-        self.records = index_shards(paths)[:max_clips]
-        self._check_members(paths, caption_ext)
-        self.plan = Plan(len(self.records), batch_size, seed)
-        self.num_workers = num_workers
-        self.reader = ClipReader(
-            self.records, self.plan, self.shape, decoder=decoder, caption_extension=caption_ext,
-            max_caption_chars=max_caption_chars, random_start=random_start, cache_bytes=cache_bytes,
+        if seed < 0:
+            raise ValueError(f"a seed is 0 or more, got {seed}; set data.seed")
+        self.fields = dict(captions or {caption_ext: 1.0})
+        if not all(weight >= 0 for weight in self.fields.values()) or not sum(self.fields.values()) > 0:
+            raise ValueError(
+                f"captions are fields with weights of 0 or more, some above it, got {self.fields}; set data.captions"
+            )
+        default = {"num_frames": num_frames, "height": height, "width": width, "fps": float(fps)}
+        self.shapes = [ClipShape(**default | dict(bucket)) for bucket in buckets or [{}]]
+        self.batch_size, self.micro_batches, self.seed, self.num_workers = batch_size, micro_batches, seed, num_workers
+        self.timeout_seconds, self.worker_bytes, self.cache_bytes = timeout_seconds, worker_bytes, cache_bytes
+        self.reader = ClipReader(seed, decoder, tuple(self.fields), max_caption_chars, random_start)
+        costs = [cost(shape) if cost else float(shape.num_frames * shape.height * shape.width) for shape in self.shapes]
+
+        named = sources or {"shards": {"shards": shards, "weight": 1.0}}
+        paths = {name: expand_shards(source["shards"]) for name, source in named.items()}
+        weights = [float(source.get("weight", 1.0)) for source in named.values()]
+        self.clips = Clips([path for each in paths.values() for path in each], look=len(self.shapes) > 1)
+        self._check_members(caption_ext if captions is None else None)
+        owner = np.repeat(np.arange(len(paths)), [len(each) for each in paths.values()])
+        source = np.repeat(owner, np.diff(self.clips.starts))
+        chosen = self._assign(max_clips)
+        self.report = DataReport(
+            self.shapes, level(costs, batch_size), costs,
+            [SourceReport(name, weight, len(paths[name])) for name, weight in zip(paths, weights, strict=True)],
+            chosen, source, self.clips.problems(),
         )  # fmt: skip
-        self.quarantine = Quarantine(self.records, max_bad_fraction, Path(skipped_path) if skipped_path else None)
+        if not self.num_clips:
+            raise BadDataError(
+                f"{self.clips.shards[0]}: none of {len(self.clips)} clips is usable ({self.report.refused()}); change data.shards"
+            )
+        for number, (name, weight) in enumerate(zip(paths, weights, strict=True)):
+            if weight > 0 and not ((chosen >= 0) & (source == number)).any():
+                raise BadDataError(f"source {name} has a weight and no usable clip; set data.sources.{name}.weight=0, or mend it")
+        records = [
+            [np.flatnonzero((chosen == bucket) & (source == number)) for number in range(len(paths))]
+            for bucket in range(len(self.shapes))
+        ]
+        self.plan = Plan(records, self.report.sizes, weights, seed)
+        self.ledger = Ledger(self.num_clips, max_bad_fraction, Path(skipped_path) if skipped_path else None)
+        self._cache: dict[tuple[int, int], _Cached] = {}
+        self._cached_bytes = 0
 
     @property
     def num_clips(self) -> int:
         """How many clips one pass over the data has."""
-        return len(self.records)
+        return int((self.report.bucket >= 0).sum())
 
-    def _check_members(self, paths: list[Path], caption_ext: str) -> None:
-        found = sorted({extension for record in self.records for extension in record.members})
-        where = f"{paths[0]}" + (f" and {len(paths) - 1} more shards" if len(paths) > 1 else "")
-        if not any(find_member(record, self.shape.num_frames) for record in self.records):
-            raise BadDataError(f"{where}: no video in {len(self.records)} samples, their members are {found}; change data.shards")
-        if caption_ext not in found:
+    def _assign(self, max_clips: int | None) -> np.ndarray:
+        """The bucket of every clip; with one bucket, what the index does not know is left for the decoder to find out."""
+        columns = self.clips.columns()
+        chosen = assign(self.shapes, columns["frames"], columns["fps"], columns["height"], columns["width"])
+        if len(self.shapes) == 1:
+            chosen[chosen == NO_SHAPE] = 0
+        if max_clips is not None:
+            beyond = np.flatnonzero(chosen >= 0)[max_clips:]
+            chosen[beyond] = NO_SHAPE
+        return chosen
+
+    def _check_members(self, caption_ext: str | None) -> None:
+        found = sorted({extension for _, index in self.clips.indices() for extension in index.extensions})
+        shards = self.clips.shards
+        where = f"{shards[0]}" + (f" and {len(shards) - 1} more shards" if len(shards) > 1 else "")
+        if not len(self.clips):
+            problems = self.clips.problems()
+            raise BadDataError(problems[0] if problems else f"{where}: a tar without samples; change data.shards")
+        wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if any(shape.num_frames == 1 for shape in self.shapes) else ())
+        if not set(found) & set(wanted):
+            raise BadDataError(f"{where}: no video in {len(self.clips)} samples, their members are {found}; change data.shards")
+        if caption_ext is not None and caption_ext not in found:
             raise BadDataError(f"{where}: no caption .{caption_ext}, the members are {found}; change data.caption_ext")
 
     def batches(self, start_step: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """The batches from start_step on, without end; rank r of w gets the clips r, r + w, ... of each.
+        """The batches from start_step on, without end; rank r of w gets micro-batches r, r + w, ... of each step.
 
-        ValueError, at once, where world_size does not divide the batch.
+        ValueError, at once, where there are fewer micro-batches than ranks.
         """
-        if self.plan.batch_size % world_size:
-            size = self.plan.batch_size
-            raise ValueError(f"a batch of {size} clips does not divide over {world_size} ranks; set data.batch_size")
         if not 0 <= rank < world_size or start_step < 0:
             raise ValueError(f"there is no step {start_step} for rank {rank} of {world_size}")
+        if self.micro_batches % world_size:
+            raise ValueError(
+                f"{self.micro_batches} micro-batches a step do not divide over {world_size} ranks; set data.micro_batches"
+            )
         return self._batches(start_step, rank, world_size)
 
-    def _batches(self, start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
-        order = _SlotSampler(self.plan, start_step, rank, world_size)
-        loader = DataLoader(self.reader, batch_size=None, sampler=order, num_workers=self.num_workers, collate_fn=_as_is)
-        for batch, bad in loader:
-            self.quarantine.account(batch, bad)
+    def one_pass(self) -> Iterator[Batch]:
+        """Every clip once: a clip that comes up again in the last steps has weight 0."""
+        seen: set[int] = set()
+        for number, batch in enumerate(self.batches()):
+            records = self.plan.step(number).records.tolist()
+            new = [record not in seen and records.index(record) == place for place, record in enumerate(records)]
+            batch.weights = batch.weights * torch.tensor(new)
+            seen.update(records)
             yield batch
+            if len(seen) == self.plan.num_clips:
+                return
 
+    def _batches(self, start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
+        planned: deque[tuple[Step, list[range], list[_Entry]]] = deque()
+        numbers = itertools.count(start_step)
 
-@dataclass(frozen=True)
-class _SlotSampler:
-    """Lists of slots, one per step, without end."""
+        def plan_next() -> list[_Entry]:
+            step = self.plan.step(next(numbers))
+            parts = step.micro_batches(self.micro_batches)[rank::world_size]
+            entries = [
+                _Entry(record, step.first_slot + place, step.bucket, self._cache.get((step.bucket, record)))
+                for part in parts for place, record in zip(part, step.records[part.start : part.stop].tolist(), strict=True)
+            ]  # fmt: skip
+            planned.append((step, parts, entries))
+            return entries
 
-    plan: Plan
-    start_step: int
-    rank: int
-    world_size: int
+        def jobs() -> Iterator[Job]:
+            while (
+                len(self._cache) < self.plan.num_clips
+            ):  # from then on no decoder is needed, and asking for a job would never end
+                for entry in plan_next():
+                    if entry.cached is None:
+                        yield Job(self.clips.record(entry.record), entry.slot, self.shapes[entry.bucket])
 
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while True:
-            yield self.plan.slots(step)[self.rank :: self.world_size]
-            step += 1
+        largest = max(shape.num_bytes for shape in self.shapes)
+        ahead = min(AHEAD_CLIPS * self.num_workers, max(AHEAD_BYTES // largest, self.num_workers))
+        pool: DecodePool[Job, Any] = DecodePool(
+            self.reader,
+            self.num_workers,
+            largest,
+            timeout_seconds=self.timeout_seconds,
+            memory_bytes=self.worker_bytes,
+            ahead=ahead,
+        )
+        outcomes = pool.map(jobs())
+        early: list[Any] = []  # an outcome that had to be asked for before its step was planned
+
+        def next_outcome() -> Any:
+            return early.pop() if early else next(outcomes)
+
+        try:
+            while True:
+                if not planned:
+                    early += itertools.islice(outcomes, 1)
+                if not planned:
+                    plan_next()
+                yield self._gather(*planned.popleft(), next_outcome)
+        finally:
+            outcomes.close()
+            if not sys.is_finalizing():  # then files can no longer be written
+                self.clips.save_learned()
+
+    def _gather(self, step: Step, parts: list[range], entries: list[_Entry], next_outcome: Callable[[], Any]) -> Batch:
+        """A rank's part of a step; a micro-batch without a clip is one filler of weight 0."""
+        shape = self.shapes[step.bucket]
+        fillers = sum(not part for part in parts)
+        count = len(entries) + fillers
+        video = torch.zeros(count, shape.num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
+        captions, keys, weights, starts = [""] * count, ["filler"] * count, torch.zeros(count), torch.zeros(count)
+        slots = torch.full((count,), step.first_slot)
+        rows = itertools.count()
+        places = iter(entries)
+        for part in parts:
+            if not part:
+                next(rows)
+            for row, entry in zip(itertools.islice(rows, len(part)), places, strict=False):
+                record = self.clips.record(entry.record)
+                slots[row], keys[row] = entry.slot, record.name
+                clip, bad = entry.cached, None
+                if clip is None:
+                    outcome = next_outcome()
+                    if isinstance(outcome, Failure):
+                        bad = BadClip(record, outcome.reason)
+                    else:
+                        pixels = torch.from_numpy(outcome.pixels[: shape.num_bytes]).view(video.shape[1:])
+                        video[row], starts[row] = pixels, outcome.value.start
+                        clip = _Cached(video[row], outcome.value.captions)
+                        if outcome.value.fixed:
+                            self._keep(entry, clip)
+                        if outcome.value.checksums:
+                            self.clips.learn(entry.record, outcome.value.checksums)
+                else:
+                    video[row] = clip.video
+                self.ledger.account(bad)
+                if clip is not None:
+                    captions[row], weights[row] = self._caption(clip.captions, entry.slot), 1
+        sizes = [max(len(part), 1) for part in parts]
+        return Batch(video, captions, keys, slots, shape.fps, weights, sizes, starts)
+
+    def _keep(self, entry: _Entry, clip: _Cached) -> None:
+        size = self.shapes[entry.bucket].num_bytes
+        if self._cached_bytes + size <= self.cache_bytes and (entry.bucket, entry.record) not in self._cache:
+            self._cache[entry.bucket, entry.record] = _Cached(clip.video.clone(), clip.captions)
+            self._cached_bytes += size
+
+    def _caption(self, captions: dict[str, str], slot: int) -> str:
+        """One of a clip's captions, drawn by the fields' weights from (seed, slot)."""
+        if len(captions) == 1:
+            return next(iter(captions.values()))
+        weights = [self.fields[name] for name in captions]
+        if not sum(weights):
+            return next(iter(captions.values()))
+        point, reached = fraction(self.seed, slot, "caption") * sum(weights), 0.0
+        for name, weight in zip(captions, weights, strict=True):
+            reached += weight
+            if point < reached:
+                return captions[name]
+        return captions[max(captions, key=lambda name: self.fields[name])]  # rounding

@@ -1,4 +1,4 @@
-"""WebDataset tar shards on disk: found, indexed by their headers, read by offset, and written.
+"""WebDataset tar shards on disk: found, looked through by their headers, read by offset, and written.
 
 A shard is a plain tar; files that share a name up to the first dot of the last path part are one sample. Data is never executed:
 no `pipe:` addresses, no compression, no pickles, only bytes at an offset.
@@ -6,17 +6,22 @@ no `pipe:` addresses, no compression, no pickles, only bytes at an offset.
 
 import glob
 import json
+import logging
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
 MAX_JSON_BYTES = 2**20
+
+log = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
@@ -26,13 +31,26 @@ class BadDataError(ValueError):
     """Training data that cannot be used; the message names the file, what is wrong with it, and the key to change."""
 
 
+class BadClipError(ValueError):
+    """One clip that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where the bytes of one file of a sample lie, and what they should add up to."""
+
+    offset: int
+    size: int
+    checksum: int | None = None  # CRC-32; None where it was never taken
+
+
 @dataclass(frozen=True, slots=True)
 class ClipRecord:
     """Where the members of one sample lie."""
 
     shard: Path
     key: str
-    members: dict[str, tuple[int, int]]  # lower-case extension -> (offset, size) in bytes
+    members: dict[str, Member]  # by lower-case extension
 
     @property
     def name(self) -> str:
@@ -65,40 +83,57 @@ def expand_shards(urls: str | Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def _read_headers(path: Path) -> list[tarfile.TarInfo]:
-    """All headers of a plain tar that is whole up to its end mark."""
-    with open(path, "rb") as file:
-        magic = file.read(8)
+def scan(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
+    """The headers of a plain tar as far as they can be read, and what is wrong with it; None where it is whole up to its end mark.
+
+    BadDataError where it is missing, empty, compressed, or no tar at all.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(8)
+    except OSError as error:
+        raise BadDataError(f"{path}: cannot be read ({error.strerror}); change data.shards") from error
     for prefix, kind in _COMPRESSED.items():
         if magic.startswith(prefix):
             raise BadDataError(f"{path}: is a {kind} file, not a plain tar; decompress it first or change data.shards")
     if not magic:
         raise BadDataError(f"{path}: is empty (0 bytes); change data.shards")
+    headers: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(path, "r:") as tar:
-            headers = tar.getmembers()
+            while (header := tar.next()) is not None:
+                headers.append(header)
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
-        raise BadDataError(f"{path}: is not a tar that can be read ({error}); change data.shards") from error
+        if not headers:
+            raise BadDataError(f"{path}: is not a tar that can be read ({error}); change data.shards") from error
+        return _whole(path, headers), f"cannot be read after {len(headers)} members ({error})"
     # tarfile takes a broken header, or a file cut between two members, for the end; a real end is a block of zeros
     with open(path, "rb") as file:
         file.seek(end)
         if file.read(512) != bytes(512):
-            raise BadDataError(
-                f"{path}: is cut off or damaged after {len(headers)} members, at byte {end}; write it again or change data.shards"
-            )
-    return headers
+            return _whole(path, headers), f"is cut off or damaged after {len(headers)} members, at byte {end}"
+    return headers, None
 
 
-def _split_name(path: Path, header: tarfile.TarInfo) -> tuple[str, str] | None:
-    """The key and extension of a member, None for what is no sample member (a folder, a hidden file, a name without a dot)."""
+def _whole(path: Path, headers: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
+    """Those whose bytes are all there."""
+    size = path.stat().st_size
+    return [header for header in headers if header.offset_data + header.size <= size]
+
+
+def split_name(header: tarfile.TarInfo) -> tuple[str, str] | None:
+    """The key and extension of a member, None for what is no sample member (a folder, a hidden file, a name without a dot).
+
+    ValueError for names that lead elsewhere, and for members that are no plain files.
+    """
     name = header.name.removeprefix("./")
-    if name.startswith("/") or ".." in name.split("/") or any(ord(letter) < 32 for letter in name):
-        raise BadDataError(f"{path}: refuses the member name {name!r}: absolute, with '..', or with control characters")
+    if name.startswith("/") or ".." in name.split("/") or any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        raise ValueError(f"refuses the member name {name!r}: absolute, with '..', or with control characters")
     if header.isdir():
         return None
     if not header.isreg() or header.sparse is not None:
-        raise BadDataError(f"{path}: the member {name!r} is not a plain file (a link, a device or sparse); write it again")
+        raise ValueError(f"the member {name!r} is not a plain file (a link, a device or sparse)")
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     if not stem or not extension:
@@ -106,50 +141,69 @@ def _split_name(path: Path, header: tarfile.TarInfo) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def index_shards(paths: Iterable[Path]) -> list[ClipRecord]:
-    """The samples of tar shards in their order, from headers alone; members of a key need not be neighbours.
-
-    BadDataError, naming the file, for one that is empty, compressed, not a tar, cut off (also between two members), without
-    samples, with a member twice, or with members that are links, devices or outside of it.
-    """
-    records: list[ClipRecord] = []
-    for path in paths:
-        samples: dict[str, ClipRecord] = {}
-        for header in _read_headers(path):
-            split = _split_name(path, header)
-            if split is None:
-                continue
-            key, extension = split
-            record = samples.setdefault(key, ClipRecord(path, key, {}))
-            if extension in record.members:
-                raise BadDataError(f"{path}: holds {key}.{extension} twice; write it again with one key per sample")
-            record.members[extension] = (header.offset_data, header.size)
-        if not samples:
-            raise BadDataError(f"{path}: is a tar without samples; change data.shards")
-        records += samples.values()
-    return records
-
-
 def read_member(record: ClipRecord, extension: str) -> bytes:
-    """The bytes of one member; BadDataError where the shard no longer holds it (KeyError where it never did)."""
-    offset, size = record.members[extension]
+    """The bytes of one member (KeyError where it never had one), as its checksum says they were when the shard was indexed.
+
+    A shard that was changed since is looked through for the same member; BadClipError where its bytes are no longer there.
+    BadDataError where the shard itself is gone.
+    """
+    member = record.members[extension]
+    data = _read(record.shard, member)
+    if data is not None:
+        return data
+    if member.checksum is not None:
+        for other in _elsewhere(record.shard, record.shard.stat().st_mtime_ns).get((record.key, extension), []):
+            data = _read(record.shard, Member(other.offset, other.size, member.checksum))
+            if data is not None:
+                _say_moved(record.shard)
+                return data
+    ended = record.shard.stat().st_size < member.offset + member.size
+    what = "ends before it" if ended else "no longer holds it as it was indexed"
+    raise BadClipError(f"the shard {what}: {record.key}.{extension} at byte {member.offset}")
+
+
+def _read(shard: Path, member: Member) -> bytes | None:
+    """A member's bytes; None where they are not all there, or not what they were."""
     try:
-        with open(record.shard, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        with open(shard, "rb") as file:
+            file.seek(member.offset)
+            data = file.read(member.size)
     except OSError as error:
-        raise BadDataError(f"{record.shard}: cannot be read any more ({error}); it was indexed at the start") from error
-    if len(data) != size:
-        raise BadDataError(f"{record.shard}: ends inside {record.key}.{extension}; it was changed after it was indexed")
-    return data
+        raise BadDataError(f"{shard}: cannot be read any more ({error}); it was indexed at the start") from error
+    right = len(data) == member.size and member.checksum in (None, zlib.crc32(data))
+    return data if right else None
+
+
+@lru_cache(maxsize=1024)
+def _say_moved(shard: Path) -> None:
+    """Once a shard and process."""
+    log.warning("%s was changed after it was indexed: members lie elsewhere in it now, and are taken from there", shard)
+
+
+@lru_cache(maxsize=16)
+def _elsewhere(shard: Path, changed: int) -> dict[tuple[str, str], list[Member]]:
+    """Where a shard's members lie now, by key and extension; `changed` is when the file was, so that a new change is seen."""
+    found: dict[tuple[str, str], list[Member]] = {}
+    try:
+        headers, _ = scan(shard)
+    except BadDataError:
+        return found
+    for header in headers:
+        try:
+            name = split_name(header)
+        except ValueError:
+            continue
+        if name is not None:
+            found.setdefault(name, []).append(Member(header.offset_data, header.size))
+    return found
 
 
 def read_attributes(record: ClipRecord, extension: str = "json") -> dict[str, Any]:
     """The JSON object that describes a sample, {} where there is no such member; ValueError where it is not one, or too large."""
     if extension not in record.members:
         return {}
-    if record.members[extension][1] > MAX_JSON_BYTES:
-        raise ValueError(f"{record.name}: its {extension} of {record.members[extension][1]} bytes exceeds {MAX_JSON_BYTES}")
+    if record.members[extension].size > MAX_JSON_BYTES:
+        raise ValueError(f"{record.name}: its {extension} of {record.members[extension].size} bytes exceeds {MAX_JSON_BYTES}")
     try:
         attributes = json.loads(read_member(record, extension))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -157,6 +211,11 @@ def read_attributes(record: ClipRecord, extension: str = "json") -> dict[str, An
     if not isinstance(attributes, dict):
         raise ValueError(f"{record.name}: its {extension} is not a JSON object")
     return attributes
+
+
+def sidecar(shard: Path) -> Path:
+    """The place of a shard's index, see index.py."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.safetensors")
 
 
 def _to_bytes(value: Any) -> bytes:
@@ -187,6 +246,7 @@ def write_shard(path: Path | str, samples: Iterable[dict[str, Any]]) -> int:
                     count += 1
             file.flush()
             os.fsync(file.fileno())
+        sidecar(path).unlink(missing_ok=True)  # that of the shard that was here before
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
 """One training step, as Lightning calls it: losses of a batch, gradients, clipping, optimisers, moving average."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import lightning as L
 import torch
@@ -28,13 +27,12 @@ class VideoDiffusion(L.LightningModule):
         objective: Objective,
         optimisers: Optimisers,
         max_clips: int,  # the run's length: the learning rate falls to zero by then
-        accumulate: int = 1,  # parts that a batch is cut into, to save memory; the result is the same
         ema_decay: float = 0.998,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.network, self.objective, self.recipe = network, objective, optimisers
-        self.max_clips, self.accumulate = max_clips, accumulate
+        self.max_clips = max_clips
         self.ema = EMA(network, ema_decay)
         self.named_optimisers = optimisers.build(torch.nn.ModuleDict({"network": network, "objective": objective}))
         self.steps, self.clips = 0, 0  # done so far
@@ -53,7 +51,7 @@ class VideoDiffusion(L.LightningModule):
         # Gradients: every clip counts by its share of the whole step's weight, however the step is cut into parts.
         transformer, total = self.network.transformer, batch.weights.sum().clamp(min=1e-8)
         self.losses = []
-        for part in split(batch, self.accumulate):
+        for part in batch.micro_batches():
             losses = self.objective(self.network, part, transformer.patch, transformer.reference_rate)
             self.manual_backward((losses.per_clip * part.weights).sum() / total)
             self.losses.append((replace(losses, per_clip=losses.per_clip.detach()), part.weights))
@@ -79,11 +77,3 @@ class VideoDiffusion(L.LightningModule):
             f"the {quantity} of step {self.steps} is not finite; clips: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}; "
             "the weights were not changed; lower optimisers.muon_lr or optimisers.adamw_lr, or look at the clips"
         )
-
-
-def split(batch: Batch, parts: int) -> Iterable[Batch]:
-    """The batch cut into so many parts along its clips."""
-    size = -(-len(batch.captions) // parts)
-    for start in range(0, len(batch.captions), size):
-        cut = slice(start, start + size)
-        yield replace(batch, **{f.name: getattr(batch, f.name)[cut] for f in fields(batch) if f.name != "fps"})

@@ -68,16 +68,22 @@ def test_order_and_content_do_not_depend_on_workers(make_shards: MakeShards) -> 
     assert_same(alone[5:], take(loader(shards), 3, start_step=5))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_out_the_same_steps(make_shards: MakeShards, world_size: int) -> None:
     shards = make_shards(num_frames=9)
     whole = take(loader(shards), 6)
-    parts = [take(loader(shards), 6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    parts = [take(loader(shards, micro_batches=4), 6, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         for rank in range(world_size):
             part = parts[rank][step]
-            assert torch.equal(part.video, batch.video[rank::world_size])
+            assert torch.equal(part.video, batch.video[rank::world_size]) and part.parts == [1] * (4 // world_size)
             assert torch.equal(part.slots, batch.slots[rank::world_size]) and part.keys == batch.keys[rank::world_size]
+
+
+def test_a_micro_batch_without_a_clip_is_a_filler(make_shards: MakeShards) -> None:
+    batch = take(loader(make_shards(), batch_size=2, micro_batches=4), 1)[0]
+    assert batch.parts == [1] * 4 and batch.weights.tolist() == [0, 1, 0, 1] and batch.keys[0] == "filler"
+    assert [part.weights.tolist() for part in batch.micro_batches()] == [[0], [1], [0], [1]]
 
 
 def test_starts_in_long_sources_differ_by_visit_and_repeat_by_seed(make_shards: MakeShards) -> None:
@@ -205,7 +211,7 @@ def test_values_that_cannot_work_are_refused_by_key(make_shards: MakeShards, cha
 
 def test_a_batch_must_divide_over_the_ranks(make_shards: MakeShards) -> None:
     clips = loader(make_shards())
-    with pytest.raises(ValueError, match=r"data\.batch_size"):
+    with pytest.raises(ValueError, match=r"data\.micro_batches"):
         clips.batches(world_size=3)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         clips.batches(rank=2, world_size=2)

@@ -1,0 +1,180 @@
+"""Are these shards what training needs? Every clip read, its checksums compared, its frames decoded; and clean copies written."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from dit_video.data.decode import decode_all
+from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips, ShardIndex, build, load, save, write_index
+from dit_video.data.pool import DecodePool, Failure
+from dit_video.data.reader import read_captions
+from dit_video.data.shards import BadDataError, ClipRecord, expand_shards, read_member, scan, sidecar, split_name, write_shard
+from dit_video.data.video_file import read_image
+
+SHOWN = 20  # bad clips that are printed; the others are counted
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckClip:
+    """Reads every member of a sample and decodes its caption and all of its frames; ValueError saying what is wrong."""
+
+    captions: tuple[str, ...]
+    max_caption_chars: int
+
+    def __call__(self, record: ClipRecord, out: UInt8[np.ndarray, " bytes"]) -> int:
+        found = 0
+        for extension in record.members:
+            data = read_member(record, extension)
+            if extension in VIDEO_EXTENSIONS:
+                found += decode_all(data)
+            elif extension in IMAGE_EXTENSIONS:
+                found += len(read_image(data, 1, 1))
+        if not found:
+            raise ValueError(f"no video or image among {sorted(record.members)}")
+        read_captions(record, self.captions, self.max_caption_chars)
+        return found
+
+
+def check_shards(
+    shards: str | Sequence[str],
+    captions: Sequence[str] = ("txt",),
+    max_caption_chars: int = 2000,
+    repair: str | None = None,
+    workers: int | None = None,
+    timeout_seconds: float = 60.0,
+) -> None:
+    """Checks every clip of tar shards in processes of their own, prints what is wrong, and raises BadDataError where anything is.
+
+    With `repair` the clips that are right are written to new shards of the same names in that folder, indexed, and what was dropped is
+    said; the shards themselves are never changed.
+    """
+    paths = expand_shards(shards)
+    out = Path(repair) if repair else None
+    if out is not None:
+        _check_folder(out, paths)
+    clips, console = Clips(paths), Console(soft_wrap=True)
+    problems = clips.problems()
+    for path, index in clips.indices():
+        problems += [f"{path}: {problem}" for problem in _differences(path, index) if index.checked]
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bad: dict[int, str] = {}
+    for number, outcome in _checked(clips, CheckClip(tuple(captions), max_caption_chars), workers, timeout_seconds):
+        if isinstance(outcome, Failure):
+            bad[number] = outcome.reason
+    for problem in problems:
+        console.print(f"damaged: {problem}", markup=False)
+    for number, reason in list(bad.items())[:SHOWN]:
+        console.print(f"bad: {clips.record(number).name}: {reason}", markup=False)
+    if len(bad) > SHOWN:
+        console.print(f"and {len(bad) - SHOWN} more bad clips")
+    if out is not None:
+        for path, kept, dropped in _repair(clips, bad, out):
+            console.print(f"{path}: {kept} clips kept, {dropped} dropped", markup=False)
+    unchecked = sum(not index.checked for _, index in clips.indices())
+    if unchecked:
+        console.print(f"{unchecked} of {len(paths)} shards have no checksums: a bit flipped in a frame may go unnoticed in them")
+    if bad or problems or not len(clips):
+        where = f"{len(bad)} of {len(clips)} clips are bad, {len(problems)} shards are damaged"
+        raise BadDataError(
+            f"{paths[0]}{' ...' if len(paths) > 1 else ''}: {where}; " + (f"use {out}" if out else "set repair=FOLDER")
+        )
+    console.print(f"{len(paths)} shards, {len(clips)} clips: all of them can be used")
+
+
+def _differences(path: Path, index: ShardIndex) -> list[str]:
+    """What a shard's headers say otherwise than the index that was made before."""
+    try:
+        headers, problem = scan(path)
+    except BadDataError as error:
+        return [str(error)]
+    found: dict[tuple[str, str], list[int]] = {}
+    problems = [problem] if problem else []
+    for header in headers:
+        try:
+            name = split_name(header)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if name is not None:
+            found.setdefault(name, []).append(header.offset_data)
+    known = {(key, name): member.offset for row, key in enumerate(index.keys) for name, member in index.members(row).items()}
+    kinds = {
+        "are there twice": [name for name, offsets in found.items() if len(offsets) > 1],
+        "are missing": [name for name in known if name not in found],
+        "lie elsewhere": [name for name, offset in known.items() if name in found and offset not in found[name]],
+        "are not in the index": [name for name in found if name not in known],
+    }
+    told = {
+        kind: ".".join(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for kind, names in kinds.items()
+        if names
+    }
+    return problems + [f"members {kind}: {names}" for kind, names in told.items()]
+
+
+def _checked(clips: Clips, work: CheckClip, workers: int, timeout_seconds: float) -> Iterator[tuple[int, object]]:
+    pool: DecodePool[ClipRecord, int] = DecodePool(work, workers, 1, timeout_seconds=timeout_seconds)
+    columns = (*Progress.get_default_columns()[:3], TextColumn("{task.completed} of {task.total} clips"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("checking", total=len(clips))
+        for number, outcome in enumerate(pool.map(clips.record(number) for number in range(len(clips)))):
+            progress.advance(task)
+            yield number, outcome
+
+
+def _repair(clips: Clips, bad: dict[int, str], out: Path) -> Iterator[tuple[Path, int, int]]:
+    """Writes the clips that are right; a shard of which nothing is left is not written."""
+    out.mkdir(parents=True, exist_ok=True)
+    for shard, (start, end) in enumerate(zip(clips.starts[:-1].tolist(), clips.starts[1:].tolist(), strict=True)):
+        good = [clips.record(number) for number in range(start, end) if number not in bad]
+        path = out / clips.shards[shard].name
+        if good:
+            write_shard(path, ({"__key__": each.key} | {name: read_member(each, name) for name in each.members} for each in good))
+            write_index(path)
+        yield path, len(good), end - start - len(good)
+
+
+def _check_folder(out: Path, paths: Sequence[Path]) -> None:
+    if any(path.resolve().parent == out.resolve() for path in paths):
+        raise ValueError(f"{out} is where the shards lie, which are never changed; set repair to another folder")
+    names = Counter(path.name for path in paths)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is the name of several shards, which would be one in {out}; check one folder at a time")
+
+
+def index_shards(shards: str | Sequence[str], anew: bool = False) -> None:
+    """Writes the index of every shard without one that has checksums; BadDataError where a shard is damaged, the others being indexed."""
+    console, damaged = Console(soft_wrap=True), 0
+    paths = expand_shards(shards)
+    for path in paths:
+        if not anew and sidecar(path).exists() and load(path=sidecar(path)).checked:
+            console.print(f"{path}: has an index", markup=False)
+            continue
+        try:
+            index = build(path, checksums=True, look=True)
+        except BadDataError as error:
+            console.print(f"damaged: {error}", markup=False)
+            damaged += 1
+            continue
+        for problem in index.problems:
+            console.print(f"damaged: {path}: {problem}", markup=False)
+        damaged += bool(index.problems)
+        if not index.problems:
+            save(index, sidecar(path))
+            console.print(f"{path}: {len(index)} clips", markup=False)
+    if damaged:
+        raise BadDataError(
+            f"{damaged} of {len(paths)} shards are damaged and have no index; see `dit-video data check`, repair=FOLDER"
+        )

@@ -1,0 +1,375 @@
+"""What lies in a shard, known before it is read: one small file beside every tar, and all of them together as one table.
+
+The sidecar `00000.index.safetensors` of `00000.tar` holds columns, one row a sample: its key, frames, height, width, rate and length of its
+caption; and one row a member: sample, extension, offset, size and checksum. It is data alone, and is mapped rather than parsed, so that
+ten million clips are looked through in seconds. Where a shard has none, it is built from the tar's headers; what a damaged tar still
+holds is found, and the rest is said.
+"""
+
+import io
+import json
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+from dit_video.data.shards import MAX_JSON_BYTES, BadDataError, ClipRecord, Member, scan, sidecar, split_name
+
+INDEX_VERSION = "1"
+VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+SHAPE_KEYS = ("num_frames", "height", "width", "fps")  # of a sample's json, believed where all are there
+NO_CHECKSUM = -1
+SAVE_EVERY = 10_000  # checksums that are taken at a first read
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ShardIndex:
+    """The columns of one shard."""
+
+    keys: list[str]
+    frames: np.ndarray  # int32, 0 where unknown; 1 is an image
+    height: np.ndarray  # int32, pixels as shown
+    width: np.ndarray  # int32
+    fps: np.ndarray  # float64
+    caption_length: np.ndarray  # int32, bytes of the txt member, -1 where there is none
+    extensions: list[str]
+    member_ends: np.ndarray  # int64: members of sample i are member_ends[i - 1] to member_ends[i]
+    member_extension: np.ndarray  # uint8, into extensions
+    member_offset: np.ndarray  # int64
+    member_size: np.ndarray  # int64
+    member_checksum: np.ndarray  # int64, NO_CHECKSUM where it was never taken
+    shard_bytes: int = 0
+    looked: bool = False  # whether shapes were looked for; where they are 0 all the same they cannot be read
+    problems: list[str] = field(default_factory=list)  # what the headers could not tell; not stored
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def checked(self) -> bool:
+        """Whether every member has a checksum."""
+        return bool((self.member_checksum != NO_CHECKSUM).all())
+
+    def members(self, row: int) -> dict[str, Member]:
+        """The members of a sample by extension."""
+        start, end = int(self.member_ends[row - 1]) if row else 0, int(self.member_ends[row])
+        found = {}
+        for place in range(start, end):
+            checksum = int(self.member_checksum[place])
+            found[self.extensions[self.member_extension[place]]] = Member(
+                int(self.member_offset[place]), int(self.member_size[place]), None if checksum == NO_CHECKSUM else checksum
+            )
+        return found
+
+
+COLUMNS = {
+    "frames": np.int32, "height": np.int32, "width": np.int32, "fps": np.float64, "caption_length": np.int32,
+    "member_ends": np.int64, "member_extension": np.uint8, "member_offset": np.int64, "member_size": np.int64,
+    "member_checksum": np.int64,
+}  # fmt: skip
+
+
+def build(shard: Path, checksums: bool = False, look: bool = False) -> ShardIndex:
+    """The index of a shard from its headers; with checksums its members are read, and with `look` the shapes of its clips are found out.
+
+    What cannot be indexed is left out and said in `problems`: what follows a damaged header or the end of a cut file, members that are no
+    plain files, names that lead out of the folder, and members that are there twice. BadDataError where it is no tar at all.
+    """
+    headers, problem = scan(shard)
+    problems = [problem] if problem else []
+    samples: dict[str, dict[str, Member]] = {}
+    refused: set[str] = set()
+    for header in headers:
+        try:
+            name = split_name(header)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if name is None:
+            continue
+        key, extension = name
+        members = samples.setdefault(key, {})
+        if extension in members:
+            problems.append(f"holds {key}.{extension} twice; neither is used")
+            refused.add(key)
+        members[extension] = Member(header.offset_data, header.size, None)
+    for key in refused:
+        del samples[key]
+    if checksums:
+        samples = {key: _with_checksums(shard, members) for key, members in samples.items()}
+    return table(shard, samples, problems, look)
+
+
+def _with_checksums(shard: Path, members: dict[str, Member]) -> dict[str, Member]:
+    with open(shard, "rb") as file:
+        found = {}
+        for extension, member in members.items():
+            file.seek(member.offset)
+            found[extension] = Member(member.offset, member.size, zlib.crc32(file.read(member.size)))
+    return found
+
+
+def table(shard: Path, samples: Mapping[str, Mapping[str, Member]], problems: list[str], look: bool) -> ShardIndex:
+    """The columns of samples; with `look` the shapes of their pictures are read."""
+    extensions = sorted({extension for members in samples.values() for extension in members})
+    if len(extensions) > 256:
+        raise BadDataError(
+            f"{shard}: its members have {len(extensions)} different extensions, 256 at the most; change data.shards"
+        )
+    shapes = np.array([shape_of(shard, members) if look else (0, 0, 0, 0.0) for members in samples.values()], np.float64)
+    shapes = shapes.reshape(-1, 4)
+    rows = [(extensions.index(extension), member) for members in samples.values() for extension, member in members.items()]
+    return ShardIndex(
+        keys=list(samples),
+        frames=shapes[:, 0].astype(np.int32),
+        height=shapes[:, 1].astype(np.int32),
+        width=shapes[:, 2].astype(np.int32),
+        fps=shapes[:, 3],
+        caption_length=np.array([members["txt"].size if "txt" in members else -1 for members in samples.values()], np.int32),
+        extensions=extensions,
+        member_ends=np.cumsum([len(members) for members in samples.values()], dtype=np.int64),
+        member_extension=np.array([extension for extension, _ in rows], np.uint8),
+        member_offset=np.array([member.offset for _, member in rows], np.int64),
+        member_size=np.array([member.size for _, member in rows], np.int64),
+        member_checksum=np.array([NO_CHECKSUM if m.checksum is None else m.checksum for _, m in rows], np.int64),
+        shard_bytes=shard.stat().st_size,
+        looked=look,
+        problems=problems,
+    )
+
+
+def shape_of(shard: Path, members: Mapping[str, Member]) -> tuple[int, int, int, float]:
+    """Frames, height, width and rate of a sample: from its json where that says all four, else from the header of its video or image.
+
+    Zeros where neither can be read; the decoder will say why.
+    """
+    if "json" in members and members["json"].size <= MAX_JSON_BYTES:
+        try:
+            about = json.loads(_bytes(shard, members["json"]))
+            frames, height, width, fps = (about[key] for key in SHAPE_KEYS)
+            if all(isinstance(value, int) and 0 < value < 2**31 for value in (frames, height, width)) and 0 < fps < 1e6:
+                return frames, height, width, float(fps)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+    extension = next((each for each in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS) if each in members), None)
+    if extension is None:
+        return 0, 0, 0, 0.0
+    data = _bytes(shard, members[extension])
+    return _image_shape(data) if extension in IMAGE_EXTENSIONS else _video_shape(data)
+
+
+def _bytes(shard: Path, member: Member) -> bytes:
+    with open(shard, "rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
+def _image_shape(data: bytes) -> tuple[int, int, int, float]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            width, height = image.size[::-1] if turned else image.size
+            return 1, height, width, 1.0
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0, 0, 0, 0.0
+
+
+def _video_shape(data: bytes) -> tuple[int, int, int, float]:
+    try:
+        with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            frames = stream.frames or len([packet for packet in container.demux(stream) if packet.size])
+            rate = stream.average_rate or stream.guessed_rate
+            turned = abs(_rotation(stream)) % 180 == 90
+            height, width = (stream.width, stream.height) if turned else (stream.height, stream.width)
+            return frames, height, width, float(rate) if rate else 0.0
+    except (av.FFmpegError, IndexError, ValueError, OverflowError, MemoryError):
+        return 0, 0, 0, 0.0
+
+
+def _rotation(stream: av.VideoStream) -> int:
+    """Degrees that a stream's header turns its pictures by, which PyAV tells of frames alone."""
+    try:
+        return int(float(stream.metadata.get("rotate", 0)))
+    except ValueError:
+        return 0
+
+
+def save(index: ShardIndex, path: Path) -> None:
+    """Writes an index; it appears complete or not at all."""
+    keys = [key.encode() for key in index.keys]
+    # safetensors writes an array's memory as it lies, so a view with gaps would come back scrambled
+    columns = {name: np.ascontiguousarray(getattr(index, name), kind) for name, kind in COLUMNS.items()}
+    columns["key_bytes"] = np.frombuffer(b"".join(keys), np.uint8)
+    columns["key_ends"] = np.cumsum([len(key) for key in keys], dtype=np.int64)
+    about = {"version": INDEX_VERSION, "extensions": index.extensions, "shard_bytes": index.shard_bytes, "looked": index.looked}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        # one entry, as safetensors writes several in a random order, and the same shard shall have the same index
+        partial.write_bytes(to_safetensors(columns, {"about": json.dumps(about)}))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> ShardIndex:
+    """Reads an index; BadDataError where it is damaged, of another version, or its columns do not fit together."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            columns = {name: file.get_tensor(name) for name in (*COLUMNS, "key_bytes", "key_ends")}
+            extensions, shard_bytes, looked = list(about["extensions"]), int(about["shard_bytes"]), about["looked"] is True
+        raw, ends = columns.pop("key_bytes").tobytes(), columns.pop("key_ends")
+        starts = [0, *ends[:-1].tolist()]
+        keys = [raw[start:end].decode() for start, end in zip(starts, ends.tolist(), strict=True)] if len(ends) else []
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise BadDataError(f"{path}: is no index that can be read ({error}); delete it, and it is built anew") from error
+    index = ShardIndex(keys, extensions=extensions, shard_bytes=shard_bytes, looked=looked, **columns)
+    if about.get("version") != INDEX_VERSION or not _fits(index):
+        raise BadDataError(f"{path}: is an index of another version, or damaged; delete it, and it is built anew")
+    return index
+
+
+def _fits(index: ShardIndex) -> bool:
+    count, members = len(index.keys), len(index.member_offset)
+    rows = all(
+        len(getattr(index, name)) == count for name in ("frames", "height", "width", "fps", "caption_length", "member_ends")
+    )
+    files = all(len(getattr(index, name)) == members for name in ("member_extension", "member_size", "member_checksum"))
+    return (
+        rows
+        and files
+        and all(getattr(index, name).dtype == kind for name, kind in COLUMNS.items())
+        and (not count or int(index.member_ends[-1]) == members and bool((np.diff(index.member_ends, prepend=0) >= 0).all()))
+        and (not members or int(index.member_extension.max()) < len(index.extensions))
+        and (not members or int(min(index.member_offset.min(), index.member_size.min())) >= 0)
+    )
+
+
+def index_of(shard: Path, look: bool = False) -> ShardIndex:
+    """A shard's index: its sidecar where there is one, else built from its headers, and kept beside it where that can be written.
+
+    An index with checksums knows better than a shard that was changed; one without is built anew, and so is one that lacks the shapes
+    where they are asked for.
+    """
+    path = sidecar(shard)
+    if path.exists():
+        index, found = load(path), shard.stat()
+        changed = found.st_size != index.shard_bytes
+        if index.checked or not (changed or found.st_mtime_ns > path.stat().st_mtime_ns):
+            if changed:
+                was = f"has {found.st_size} bytes, {index.shard_bytes} when indexed"
+                index.problems.append(f"{was}; if it was written anew, delete {path.name}")
+            if index.looked or not look:
+                return index
+            samples = {key: index.members(row) for row, key in enumerate(index.keys)}
+            return _keep(table(shard, samples, index.problems, look=True), path)
+        log.info("%s was changed after %s was built, which is built anew", shard, path.name)
+    try:
+        return _keep(build(shard, look=look), path)
+    except BadDataError as error:
+        return table(shard, {}, [str(error)], look=False)
+
+
+def _keep(index: ShardIndex, path: Path) -> ShardIndex:
+    try:
+        if not index.problems:  # a damaged shard's index would pass for a whole one's
+            save(index, path)
+    except OSError as error:
+        log.info("%s is not written (%s); the shard is indexed anew each time", path, error)
+    return index
+
+
+class Clips:
+    """All samples of many shards, numbered through in the order of the shards."""
+
+    def __init__(self, shards: Sequence[Path], look: bool = False, kept: int = 512) -> None:
+        self.shards = list(shards)
+        self._index = lru_cache(maxsize=kept)(lambda number: index_of(self.shards[number], look))
+        self._learned: dict[int, ShardIndex] = {}
+        self._unsaved = 0
+        new = sum(not sidecar(shard).exists() for shard in self.shards)
+        if new > 1:
+            log.info("indexing %d shards", new)
+        silent = not new or not sys.stderr.isatty()
+        told = track(self.shards, f"indexing {new} shards", console=Console(stderr=True), transient=True, disable=silent)
+        counts = [len(self._index(number)) for number, _ in enumerate(told)]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def record(self, number: int) -> ClipRecord:
+        """Where sample `number` lies."""
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        index, row = self._index(shard), number - int(self.starts[shard])
+        return ClipRecord(self.shards[shard], index.keys[row], index.members(row))
+
+    def learn(self, number: int, checksums: Mapping[str, int]) -> None:
+        """Takes note of checksums that were taken when members of sample `number` were read for the first time."""
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        index, row = self._learned.get(shard) or self._index(shard), number - int(self.starts[shard])
+        start, end = int(index.member_ends[row - 1]) if row else 0, int(index.member_ends[row])
+        for place in range(start, end):
+            extension = index.extensions[index.member_extension[place]]
+            if extension in checksums and index.member_checksum[place] == NO_CHECKSUM:
+                index.member_checksum[place] = checksums[extension]
+                self._learned[shard] = index
+                self._unsaved += 1
+        if self._unsaved >= SAVE_EVERY:
+            self.save_learned()
+
+    def save_learned(self) -> None:
+        """Writes the indices that have learned something, where they can be written."""
+        for shard, index in self._learned.items():
+            path = sidecar(self.shards[shard])
+            try:
+                if path.exists():  # a damaged shard has none
+                    save(index, path)
+            except OSError as error:
+                log.info("%s is not written: %s", path, error)
+        self._learned.clear()
+        self._unsaved = 0
+
+    def indices(self) -> Iterator[tuple[Path, ShardIndex]]:
+        """Every shard with its index, in order."""
+        for number, shard in enumerate(self.shards):
+            yield shard, self._index(number)
+
+    def problems(self) -> list[str]:
+        """What is wrong with shards, as far as their indices and headers tell, each with the shard's name."""
+        told = [(str(path), problem) for path, index in self.indices() for problem in index.problems]
+        return [problem if path in problem else f"{path}: {problem}" for path, problem in told]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Frames, height, width and rate of all samples."""
+        names = ("frames", "height", "width", "fps")
+        parts = [[getattr(index, name) for name in names] for _, index in self.indices()]
+        return {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def index_shards(shards: Sequence[Path]) -> list[ClipRecord]:
+    """Every sample of a few shards, in order; BadDataError where there is none."""
+    clips = Clips(shards)
+    return [clips.record(number) for number in range(len(clips))]
+
+
+def write_index(shard: Path) -> None:
+    """Writes the index of a shard that was just written, with checksums and the shapes of its clips."""
+    save(build(shard, checksums=True, look=True), sidecar(shard))

@@ -1,0 +1,128 @@
+"""One clip: its members out of a shard, its captions checked, its frames decoded. It is what worker processes run, and imports no torch."""
+
+import io
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dit_video.data.buckets import ClipShape
+from dit_video.data.decode import DecodeError, Decoder, decode_clip
+from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, read_member
+from dit_video.data.video_file import read_image
+
+
+@dataclass(frozen=True)
+class Job:
+    """A clip to be read for a slot of the stream."""
+
+    record: ClipRecord
+    slot: int
+    shape: ClipShape
+
+
+@dataclass(frozen=True)
+class ReadClip:
+    """What was read beside the pixels."""
+
+    captions: dict[str, str]  # by field, those that the sample has
+    fixed: bool  # every slot would get the same pixels
+    start: float  # seconds into the source
+    checksums: dict[str, int]  # of members that had none in the index
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Reads a clip into `out`, uint8 pixels of its shape; ValueError where it cannot be used, saying why."""
+
+    seed: int  # of where in a longer source a clip begins
+    decoder: Decoder
+    captions: tuple[str, ...]  # fields: an extension such as txt, or json.NAME for a text in the sample's json
+    max_caption_chars: int
+    random_start: bool
+
+    def __call__(self, job: Job, out: UInt8[np.ndarray, " bytes"]) -> ReadClip:
+        captions = read_captions(job.record, self.captions, self.max_caption_chars)
+        shape, start, fixed = job.shape, 0.0, True
+        extension = find_member(job.record, shape.num_frames)
+        if extension is None:
+            raise DecodeError(f"no video: none of {', '.join(VIDEO_EXTENSIONS)} among {sorted(job.record.members)}")
+        data = read_member(job.record, extension)
+
+        def choose_start(slack: float) -> float:
+            nonlocal fixed, start
+            if self.random_start and slack >= 0.5 / shape.fps:
+                fixed, start = False, np.random.default_rng([self.seed, job.slot]).uniform(0, slack)
+            return start
+
+        if extension in IMAGE_EXTENSIONS:
+            pixels = read_image(data, shape.height, shape.width)[None]
+        else:
+            pixels = decode_clip(
+                data, num_frames=shape.num_frames, fps=shape.fps, height=shape.height, width=shape.width,
+                start_seconds=choose_start, decoder=self.decoder,
+            )  # fmt: skip
+        out[: shape.num_bytes] = pixels.reshape(-1)
+        checksums = {extension: zlib.crc32(data)} if job.record.members[extension].checksum is None else {}
+        return ReadClip(captions, fixed, start, checksums)
+
+
+def find_member(record: ClipRecord, num_frames: int) -> str | None:
+    """The extension of the member that holds the pictures of a sample; an image will do where one frame is wanted."""
+    wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if num_frames == 1 else ())
+    return next((extension for extension in wanted if extension in record.members), None)
+
+
+def read_captions(record: ClipRecord, fields: Sequence[str], max_chars: int) -> dict[str, str]:
+    """The captions of a sample by field; ValueError where it has none of the fields, or one that cannot be used."""
+    about = _about(record) if any(name.startswith("json.") for name in fields) else {}
+    found: dict[str, str] = {}
+    for name in fields:
+        if name.startswith("json."):
+            text = about.get(name.removeprefix("json."))
+            if isinstance(text, str):
+                found[name] = check_caption(text, max_chars)
+        elif name in record.members:
+            found[name] = read_caption(record, name, max_chars)
+    if not found:
+        raise ValueError(f"no caption: no {' or '.join('.' + name for name in fields)} among {sorted(record.members)}")
+    return found
+
+
+def _about(record: ClipRecord) -> Mapping[str, object]:
+    member = record.members.get("json")
+    if member is None or member.size > MAX_JSON_BYTES:
+        return {}
+    try:
+        about = json.load(io.BytesIO(read_member(record, "json")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its json cannot be read: {error}") from error
+    return about if isinstance(about, dict) else {}
+
+
+def read_caption(record: ClipRecord, extension: str, max_chars: int) -> str:
+    """A caption of its own member; ValueError where it is missing, and as `check_caption`."""
+    if extension not in record.members:
+        raise ValueError(f"no caption: no .{extension} among {sorted(record.members)}")
+    size = record.members[extension].size
+    if size > 4 * max_chars + 16:
+        raise ValueError(f"the caption of {size} bytes is longer than max_caption_chars={max_chars}")
+    try:
+        text = read_member(record, extension).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption is not UTF-8: {error.reason} at byte {error.start}") from error
+    return check_caption(text, max_chars)
+
+
+def check_caption(text: str, max_chars: int) -> str:
+    """The caption, stripped; ValueError where it is empty, too long, or has a NUL."""
+    text = text.strip()
+    if len(text) > max_chars:
+        raise ValueError(f"the caption of {len(text)} characters is longer than max_caption_chars={max_chars}")
+    if not text or "\0" in text:
+        raise ValueError("the caption has a NUL in it" if text else "the caption is empty")
+    return text
