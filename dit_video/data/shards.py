@@ -19,16 +19,14 @@ from typing import Any
 
 from braceexpand import braceexpand
 
+from dit_video.data.errors import BadDataError
+
 MAX_JSON_BYTES = 2**20
 
 log = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
-
-
-class BadDataError(ValueError):
-    """Training data that cannot be used; the message names the file, what is wrong with it, and the key to change."""
 
 
 class BadClipError(ValueError):
