@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_video.data.buckets import NO_SHAPE, ClipShape, assign, level
+from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, ClipShape, assign, level
 from dit_video.data.decode import Decoder
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
 from dit_video.data.ledger import BadClip, Ledger
@@ -150,7 +150,7 @@ class ClipLoader:
             chosen[chosen == NO_SHAPE] = 0
         if max_clips is not None:
             beyond = np.flatnonzero(chosen >= 0)[max_clips:]
-            chosen[beyond] = NO_SHAPE
+            chosen[beyond] = LEFT_OUT
         return chosen
 
     def _check_members(self, caption_ext: str | None) -> None:
@@ -206,9 +206,8 @@ class ClipLoader:
             return entries
 
         def jobs() -> Iterator[Job]:
-            while (
-                len(self._cache) < self.plan.num_clips
-            ):  # from then on no decoder is needed, and asking for a job would never end
+            # When all are in the cache no decoder is needed, and asking for one more job would never end.
+            while len(self._cache) < self.plan.num_clips:
                 for entry in plan_next():
                     if entry.cached is None:
                         yield Job(self.clips.record(entry.record), entry.slot, self.shapes[entry.bucket])

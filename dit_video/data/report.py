@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_video.data.buckets import NO_SHAPE, TOO_SHORT, ClipShape, spread
+from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, TOO_SHORT, ClipShape, spread
 
 log = logging.getLogger(__name__)
 
-REASONS = {TOO_SHORT: "shorter than every bucket", NO_SHAPE: "of unknown size"}
+REASONS = {TOO_SHORT: "shorter than every bucket", NO_SHAPE: "of unknown size", LEFT_OUT: "beyond max_clips"}
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,16 @@ class DataReport:
         return int((mine if source is None else mine & (self.source == source)).sum())
 
     def refused(self) -> str:
-        """How many clips have no bucket, and why."""
+        """How many clips are in no bucket, and why."""
         counts = Counter(self.bucket[self.bucket < 0].tolist())
-        return ", ".join(f"{count} {REASONS[kind]}" for kind, count in sorted(counts.items())) or "none was refused"
+        return ", ".join(f"{count} {REASONS[kind]}" for kind, count in sorted(counts.items())) or "none"
 
     def lines(self) -> list[str]:
         """The report in words, a line a bucket."""
         used = [number for number in range(len(self.shapes)) if self.count(number)]
-        found = [f"{int((self.bucket >= 0).sum())} clips in {len(used)} of {len(self.shapes)} buckets; refused: {self.refused()}"]
+        found = [
+            f"{int((self.bucket >= 0).sum())} clips in {len(used)} of {len(self.shapes)} buckets; left out: {self.refused()}"
+        ]
         for number, (shape, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
             by_source = ", ".join(f"{source.name} {self.count(number, i)}" for i, source in enumerate(self.sources))
             cost = self.costs[number] * size / (self.costs[0] * self.sizes[0])
