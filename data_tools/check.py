@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from dit_video.data.decode import decode_all
+from dit_video.data.files import ShardFile, expand_shards
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips, ShardIndex, build, load, save, write_index
 from dit_video.data.pool import DecodePool, Failure
 from dit_video.data.reader import read_captions
-from dit_video.data.shards import BadDataError, ClipRecord, expand_shards, read_member, scan, sidecar, split_name, write_shard
+from dit_video.data.shards import BadDataError, ClipRecord, read_member, scan, sidecar, split_name, write_shard
 from dit_video.data.video_file import read_image
 
 SHOWN = 20  # bad clips that are printed; the others are counted
@@ -92,7 +93,7 @@ def check_shards(
     console.print(f"{len(paths)} shards, {len(clips)} clips: all of them can be used")
 
 
-def _differences(path: Path, index: ShardIndex) -> list[str]:
+def _differences(path: ShardFile, index: ShardIndex) -> list[str]:
     """What a shard's headers say otherwise than the index that was made before."""
     try:
         headers, problem = scan(path)
@@ -145,8 +146,8 @@ def _repair(clips: Clips, bad: dict[int, str], out: Path) -> Iterator[tuple[Path
         yield path, len(good), end - start - len(good)
 
 
-def _check_folder(out: Path, paths: Sequence[Path]) -> None:
-    if any(path.resolve().parent == out.resolve() for path in paths):
+def _check_folder(out: Path, paths: Sequence[ShardFile]) -> None:
+    if any(isinstance(path, Path) and path.resolve().parent == out.resolve() for path in paths):
         raise ValueError(f"{out} is where the shards lie, which are never changed; set repair to another folder")
     names = Counter(path.name for path in paths)
     twice = [name for name, count in names.items() if count > 1]
@@ -159,7 +160,9 @@ def index_shards(shards: str | Sequence[str], anew: bool = False) -> None:
     console, damaged = Console(soft_wrap=True), 0
     paths = expand_shards(shards)
     for path in paths:
-        if not anew and sidecar(path).exists() and load(path=sidecar(path)).checked:
+        if not isinstance(path, Path):
+            raise ValueError(f"{path}: an index is written beside a local shard; index it before it is uploaded, and upload both")
+        if not anew and sidecar(path).exists() and load(sidecar(path)).checked:
             console.print(f"{path}: has an index", markup=False)
             continue
         try:

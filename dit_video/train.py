@@ -46,6 +46,7 @@ ALL_AT_ONCE = {"sources": None, "micro_batches": 1}  # of held-out clips
 BESIDE_TRAINING = {
     "trust", "logger", "runs", "every", "eval", "sampler", "sample_prompts", "keep_checkpoints", "profile", "validation",
     "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path", "data.timeout_seconds", "data.worker_bytes",
+    "data.remote_cache", "data.remote_cache_bytes",
 }  # fmt: skip
 """Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
 

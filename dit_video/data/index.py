@@ -16,15 +16,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
-from dit_video.data.shards import MAX_JSON_BYTES, BadDataError, ClipRecord, Member, scan, sidecar, split_name
+from dit_video.data.errors import BadDataError
+from dit_video.data.files import ShardFile, exists, open_file, size_of
+from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, scan, sidecar, split_name
 
 INDEX_VERSION = "1"
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
@@ -83,7 +87,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def build(shard: Path, checksums: bool = False, look: bool = False) -> ShardIndex:
+def build(shard: ShardFile, checksums: bool = False, look: bool = False) -> ShardIndex:
     """The index of a shard from its headers; with checksums its members are read, and with `look` the shapes of its clips are found out.
 
     What cannot be indexed is left out and said in `problems`: what follows a damaged header or the end of a cut file, members that are no
@@ -114,8 +118,8 @@ def build(shard: Path, checksums: bool = False, look: bool = False) -> ShardInde
     return table(shard, samples, problems, look)
 
 
-def _with_checksums(shard: Path, members: dict[str, Member]) -> dict[str, Member]:
-    with open(shard, "rb") as file:
+def _with_checksums(shard: ShardFile, members: dict[str, Member]) -> dict[str, Member]:
+    with open_file(shard) as file:
         found = {}
         for extension, member in members.items():
             file.seek(member.offset)
@@ -123,7 +127,7 @@ def _with_checksums(shard: Path, members: dict[str, Member]) -> dict[str, Member
     return found
 
 
-def table(shard: Path, samples: Mapping[str, Mapping[str, Member]], problems: list[str], look: bool) -> ShardIndex:
+def table(shard: ShardFile, samples: Mapping[str, Mapping[str, Member]], problems: list[str], look: bool) -> ShardIndex:
     """The columns of samples; with `look` the shapes of their pictures are read."""
     extensions = sorted({extension for members in samples.values() for extension in members})
     if len(extensions) > 256:
@@ -146,13 +150,13 @@ def table(shard: Path, samples: Mapping[str, Mapping[str, Member]], problems: li
         member_offset=np.array([member.offset for _, member in rows], np.int64),
         member_size=np.array([member.size for _, member in rows], np.int64),
         member_checksum=np.array([NO_CHECKSUM if m.checksum is None else m.checksum for _, m in rows], np.int64),
-        shard_bytes=shard.stat().st_size,
+        shard_bytes=size_of(shard),
         looked=look,
         problems=problems,
     )
 
 
-def shape_of(shard: Path, members: Mapping[str, Member]) -> tuple[int, int, int, float]:
+def shape_of(shard: ShardFile, members: Mapping[str, Member]) -> tuple[int, int, int, float]:
     """Frames, height, width and rate of a sample: from its json where that says all four, else from the header of its video or image.
 
     Zeros where neither can be read; the decoder will say why.
@@ -172,8 +176,8 @@ def shape_of(shard: Path, members: Mapping[str, Member]) -> tuple[int, int, int,
     return _image_shape(data) if extension in IMAGE_EXTENSIONS else _video_shape(data)
 
 
-def _bytes(shard: Path, member: Member) -> bytes:
-    with open(shard, "rb") as file:
+def _bytes(shard: ShardFile, member: Member) -> bytes:
+    with open_file(shard, buffer=1) as file:
         file.seek(member.offset)
         return file.read(member.size)
 
@@ -228,19 +232,24 @@ def save(index: ShardIndex, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: Path) -> ShardIndex:
+def load(path: ShardFile) -> ShardIndex:
     """Reads an index; BadDataError where it is damaged, of another version, or its columns do not fit together."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            columns = {name: file.get_tensor(name) for name in (*COLUMNS, "key_bytes", "key_ends")}
-            extensions, shard_bytes, looked = list(about["extensions"]), int(about["shard_bytes"]), about["looked"] is True
+        with open_file(path) as file:
+            data = file.read()
+        columns: dict[str, Any] = from_safetensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(header["__metadata__"]["about"])
+        missing = [name for name in (*COLUMNS, "key_bytes", "key_ends") if name not in columns]
+        if missing:
+            raise KeyError(missing[0])
+        extensions, shard_bytes, looked = list(about["extensions"]), int(about["shard_bytes"]), about["looked"] is True
         raw, ends = columns.pop("key_bytes").tobytes(), columns.pop("key_ends")
         starts = [0, *ends[:-1].tolist()]
         keys = [raw[start:end].decode() for start, end in zip(starts, ends.tolist(), strict=True)] if len(ends) else []
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise BadDataError(f"{path}: is no index that can be read ({error}); delete it, and it is built anew") from error
-    index = ShardIndex(keys, extensions=extensions, shard_bytes=shard_bytes, looked=looked, **columns)
+    index = ShardIndex(keys=keys, extensions=extensions, shard_bytes=shard_bytes, looked=looked, **columns)
     if about.get("version") != INDEX_VERSION or not _fits(index):
         raise BadDataError(f"{path}: is an index of another version, or damaged; delete it, and it is built anew")
     return index
@@ -262,19 +271,19 @@ def _fits(index: ShardIndex) -> bool:
     )
 
 
-def index_of(shard: Path, look: bool = False) -> ShardIndex:
+def index_of(shard: ShardFile, look: bool = False) -> ShardIndex:
     """A shard's index: its sidecar where there is one, else built from its headers, and kept beside it where that can be written.
 
     An index with checksums knows better than a shard that was changed; one without is built anew, and so is one that lacks the shapes
     where they are asked for.
     """
     path = sidecar(shard)
-    if path.exists():
-        index, found = load(path), shard.stat()
-        changed = found.st_size != index.shard_bytes
-        if index.checked or not (changed or found.st_mtime_ns > path.stat().st_mtime_ns):
+    if exists(path):
+        index, size = load(path), size_of(shard)
+        changed = size != index.shard_bytes
+        if index.checked or not (changed or _is_newer(shard, path)):
             if changed:
-                was = f"has {found.st_size} bytes, {index.shard_bytes} when indexed"
+                was = f"has {size} bytes, {index.shard_bytes} when indexed"
                 index.problems.append(f"{was}; if it was written anew, delete {path.name}")
             if index.looked or not look:
                 return index
@@ -287,9 +296,14 @@ def index_of(shard: Path, look: bool = False) -> ShardIndex:
         return table(shard, {}, [str(error)], look=False)
 
 
-def _keep(index: ShardIndex, path: Path) -> ShardIndex:
+def _is_newer(shard: ShardFile, path: ShardFile) -> bool:
+    """Whether a local shard was written after its index."""
+    return isinstance(shard, Path) and isinstance(path, Path) and shard.stat().st_mtime_ns > path.stat().st_mtime_ns
+
+
+def _keep(index: ShardIndex, path: ShardFile) -> ShardIndex:
     try:
-        if not index.problems:  # a damaged shard's index would pass for a whole one's
+        if not index.problems and isinstance(path, Path):  # a damaged shard's index would pass for a whole one's
             save(index, path)
     except OSError as error:
         log.info("%s is not written (%s); the shard is indexed anew each time", path, error)
@@ -299,12 +313,12 @@ def _keep(index: ShardIndex, path: Path) -> ShardIndex:
 class Clips:
     """All samples of many shards, numbered through in the order of the shards."""
 
-    def __init__(self, shards: Sequence[Path], look: bool = False, kept: int = 512) -> None:
+    def __init__(self, shards: Sequence[ShardFile], look: bool = False, kept: int = 512) -> None:
         self.shards = list(shards)
         self._index = lru_cache(maxsize=kept)(lambda number: index_of(self.shards[number], look))
         self._learned: dict[int, ShardIndex] = {}
         self._unsaved = 0
-        new = sum(not sidecar(shard).exists() for shard in self.shards)
+        new = sum(not exists(sidecar(shard)) for shard in self.shards)
         if new > 1:
             log.info("indexing %d shards", new)
         silent = not new or not sys.stderr.isatty()
@@ -340,14 +354,14 @@ class Clips:
         for shard, index in self._learned.items():
             path = sidecar(self.shards[shard])
             try:
-                if path.exists():  # a damaged shard has none
+                if isinstance(path, Path) and path.exists():  # a damaged shard has none
                     save(index, path)
             except OSError as error:
                 log.info("%s is not written: %s", path, error)
         self._learned.clear()
         self._unsaved = 0
 
-    def indices(self) -> Iterator[tuple[Path, ShardIndex]]:
+    def indices(self) -> Iterator[tuple[ShardFile, ShardIndex]]:
         """Every shard with its index, in order."""
         for number, shard in enumerate(self.shards):
             yield shard, self._index(number)
@@ -364,7 +378,7 @@ class Clips:
         return {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def index_shards(shards: Sequence[Path]) -> list[ClipRecord]:
+def index_shards(shards: Sequence[ShardFile]) -> list[ClipRecord]:
     """Every sample of a few shards, in order; BadDataError where there is none."""
     clips = Clips(shards)
     return [clips.record(number) for number in range(len(clips))]

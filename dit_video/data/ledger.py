@@ -29,7 +29,7 @@ class Ledger:
     def __init__(self, num_clips: int, max_bad_fraction: float, path: Path | None) -> None:
         self.max_bad_fraction, self.path = max_bad_fraction, path
         least, most = BAD_WINDOW
-        self.window: deque[tuple[Path, str] | None] = deque(maxlen=max(least, min(most, num_clips)))
+        self.window: deque[tuple[str, str] | None] = deque(maxlen=max(least, min(most, num_clips)))
         self.in_a_row = 0
         self.known: set[tuple[str, str]] = set()
         if path is not None and path.is_file():
@@ -38,7 +38,7 @@ class Ledger:
 
     def account(self, bad: BadClip | None) -> None:
         """Takes note of the next clip of the stream: a bad one, or one that was fine."""
-        self.window.append((bad.record.shard, bad.record.key) if bad else None)
+        self.window.append((str(bad.record.shard), bad.record.key) if bad else None)
         self.in_a_row = 0 if bad is None else self.in_a_row + 1
         if bad is None:
             return

@@ -14,13 +14,15 @@ import torch
 
 from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, ClipShape, assign, level
 from dit_video.data.decode import Decoder
+from dit_video.data.errors import BadDataError
+from dit_video.data.files import expand_shards
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
 from dit_video.data.ledger import BadClip, Ledger
 from dit_video.data.plan import Plan, Step
 from dit_video.data.pool import DecodePool, Failure
 from dit_video.data.reader import ClipReader, Job
 from dit_video.data.report import DataReport, SourceReport
-from dit_video.data.shards import BadDataError, expand_shards
+from dit_video.data.sources import Store
 from dit_video.seeding import fraction
 from dit_video.shapes import Batch
 
@@ -83,6 +85,8 @@ class ClipLoader:
         captions: Mapping[str, float] | None = None,
         timeout_seconds: float = 30.0,
         worker_bytes: int = 4 * 2**30,
+        remote_cache: Path | str | None = None,
+        remote_cache_bytes: int = 2**34,
         cost: Callable[[ClipShape], float] | None = None,
     ) -> None:
         if decoder not in ("decord", "pyav"):
@@ -109,7 +113,8 @@ class ClipLoader:
         costs = [cost(shape) if cost else float(shape.num_frames * shape.height * shape.width) for shape in self.shapes]
 
         named = sources or {"shards": {"shards": shards, "weight": 1.0}}
-        paths = {name: expand_shards(source["shards"]) for name, source in named.items()}
+        store = Store(remote_cache, remote_cache_bytes, seed=seed)
+        paths = {name: expand_shards(source["shards"], store) for name, source in named.items()}
         weights = [float(source.get("weight", 1.0)) for source in named.values()]
         self.clips = Clips([path for each in paths.values() for path in each], look=len(self.shapes) > 1)
         self._check_members(caption_ext if captions is None else None)

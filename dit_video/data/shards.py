@@ -4,28 +4,24 @@ A shard is a plain tar; files that share a name up to the first dot of the last 
 no `pipe:` addresses, no compression, no pickles, only bytes at an offset.
 """
 
-import glob
 import json
 import logging
 import os
-import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from braceexpand import braceexpand
+from typing import Any, overload
 
 from dit_video.data.errors import BadDataError
+from dit_video.data.files import RemoteFile, ShardFile, open_file, size_of, version_of
 
 MAX_JSON_BYTES = 2**20
 
 log = logging.getLogger(__name__)
 
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
@@ -46,7 +42,7 @@ class Member:
 class ClipRecord:
     """Where the members of one sample lie."""
 
-    shard: Path
+    shard: ShardFile
     key: str
     members: dict[str, Member]  # by lower-case extension
 
@@ -55,39 +51,13 @@ class ClipRecord:
         return f"{self.shard.name}:{self.key}"
 
 
-def expand_shards(urls: str | Sequence[str]) -> list[Path]:
-    """The tar files that paths with braces and wildcards stand for, each once, in the order given (a wildcard's matches sorted).
-
-    BadDataError for an address with a scheme, a file that is missing, and a pattern that matches nothing.
-    """
-    paths: dict[Path, None] = {}
-    for url in [urls] if isinstance(urls, str | Path) else list(urls):
-        if _SCHEME.match(str(url)):
-            raise BadDataError(f"{url}: only local tar files are read, no pipes and no remote addresses; change data.shards")
-        try:
-            patterns = list(braceexpand(str(url)))
-        except ValueError as error:
-            raise BadDataError(f"{url}: its braces cannot be expanded ({error}); change data.shards") from error
-        for pattern in patterns:
-            matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-            if not matches:
-                raise BadDataError(f"{pattern}: there is no such shard; change data.shards")
-            paths.update(dict.fromkeys(map(Path, matches)))
-    for path in paths:
-        if path.is_dir():
-            raise BadDataError(f"{path}: is a folder, not a tar; change data.shards, for example to {path}/*.tar")
-    if not paths:
-        raise BadDataError("no shards were named; set data.shards")
-    return list(paths)
-
-
-def scan(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
+def scan(path: ShardFile) -> tuple[list[tarfile.TarInfo], str | None]:
     """The headers of a plain tar as far as they can be read, and what is wrong with it; None where it is whole up to its end mark.
 
     BadDataError where it is missing, empty, compressed, or no tar at all.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             magic = file.read(8)
     except OSError as error:
         raise BadDataError(f"{path}: cannot be read ({error.strerror}); change data.shards") from error
@@ -98,7 +68,7 @@ def scan(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
         raise BadDataError(f"{path}: is empty (0 bytes); change data.shards")
     headers: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (header := tar.next()) is not None:
                 headers.append(header)
             end = tar.offset
@@ -107,16 +77,16 @@ def scan(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
             raise BadDataError(f"{path}: is not a tar that can be read ({error}); change data.shards") from error
         return _whole(path, headers), f"cannot be read after {len(headers)} members ({error})"
     # tarfile takes a broken header, or a file cut between two members, for the end; a real end is a block of zeros
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(end)
         if file.read(512) != bytes(512):
             return _whole(path, headers), f"is cut off or damaged after {len(headers)} members, at byte {end}"
     return headers, None
 
 
-def _whole(path: Path, headers: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
+def _whole(path: ShardFile, headers: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
     """Those whose bytes are all there."""
-    size = path.stat().st_size
+    size = size_of(path)
     return [header for header in headers if header.offset_data + header.size <= size]
 
 
@@ -150,20 +120,20 @@ def read_member(record: ClipRecord, extension: str) -> bytes:
     if data is not None:
         return data
     if member.checksum is not None:
-        for other in _elsewhere(record.shard, record.shard.stat().st_mtime_ns).get((record.key, extension), []):
+        for other in _elsewhere(record.shard, version_of(record.shard)).get((record.key, extension), []):
             data = _read(record.shard, Member(other.offset, other.size, member.checksum))
             if data is not None:
                 _say_moved(record.shard)
                 return data
-    ended = record.shard.stat().st_size < member.offset + member.size
+    ended = size_of(record.shard) < member.offset + member.size
     what = "ends before it" if ended else "no longer holds it as it was indexed"
     raise BadClipError(f"the shard {what}: {record.key}.{extension} at byte {member.offset}")
 
 
-def _read(shard: Path, member: Member) -> bytes | None:
+def _read(shard: ShardFile, member: Member) -> bytes | None:
     """A member's bytes; None where they are not all there, or not what they were."""
     try:
-        with open(shard, "rb") as file:
+        with open_file(shard, buffer=1) as file:  # one request a member
             file.seek(member.offset)
             data = file.read(member.size)
     except OSError as error:
@@ -173,14 +143,14 @@ def _read(shard: Path, member: Member) -> bytes | None:
 
 
 @lru_cache(maxsize=1024)
-def _say_moved(shard: Path) -> None:
+def _say_moved(shard: ShardFile) -> None:
     """Once a shard and process."""
     log.warning("%s was changed after it was indexed: members lie elsewhere in it now, and are taken from there", shard)
 
 
 @lru_cache(maxsize=16)
-def _elsewhere(shard: Path, changed: int) -> dict[tuple[str, str], list[Member]]:
-    """Where a shard's members lie now, by key and extension; `changed` is when the file was, so that a new change is seen."""
+def _elsewhere(shard: ShardFile, version: str) -> dict[tuple[str, str], list[Member]]:
+    """Where a shard's members lie now, by key and extension; a new version is looked at anew."""
     found: dict[tuple[str, str], list[Member]] = {}
     try:
         headers, _ = scan(shard)
@@ -211,7 +181,11 @@ def read_attributes(record: ClipRecord, extension: str = "json") -> dict[str, An
     return attributes
 
 
-def sidecar(shard: Path) -> Path:
+@overload
+def sidecar(shard: Path) -> Path: ...
+@overload
+def sidecar(shard: RemoteFile) -> RemoteFile: ...
+def sidecar(shard: ShardFile) -> ShardFile:
     """The place of a shard's index, see index.py."""
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.safetensors")
 

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dit_video.data.decode import Decoder, decode_clip
+from dit_video.data.files import expand_shards
 from dit_video.data.index import index_shards
 from dit_video.data.reader import find_member, read_caption
-from dit_video.data.shards import ClipRecord, expand_shards, read_member
+from dit_video.data.shards import ClipRecord, read_member
 from dit_video.eval.estimate import Estimate, bootstrap, bootstrap_mean, fraction
 from dit_video.eval.judge import Metric, Suite
 from dit_video.sampler.generate import Request

@@ -18,9 +18,9 @@ import torch
 import webdataset  # type: ignore[import-untyped]
 
 from dit_video.data.decode import decode_clip
+from dit_video.data.files import expand_shards
 from dit_video.data.index import Clips
 from dit_video.data.loader import ClipLoader
-from dit_video.data.shards import expand_shards
 
 ROUNDS, BATCH = 7, 32
 SHAPE = {"num_frames": 9, "height": 32, "width": 48, "fps": 8}

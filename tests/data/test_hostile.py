@@ -14,9 +14,10 @@ from clip_files import clip_sample, counting_video, mp4_at
 
 from dit_video.data import decode
 from dit_video.data.decode import DecodeError, decode_clip, probe
+from dit_video.data.files import expand_shards
 from dit_video.data.index import write_index
 from dit_video.data.loader import ClipLoader
-from dit_video.data.shards import BadDataError, expand_shards, write_shard
+from dit_video.data.shards import BadDataError, write_shard
 from dit_video.data.video_file import encode_mp4
 from dit_video.data_tools.check import check_shards
 

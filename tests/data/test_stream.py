@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from clip_files import counting_video, frame_numbers
 from PIL import Image
+from range_server import serving
 
 from dit_video.data.loader import ClipLoader
 from dit_video.data.shards import write_shard
@@ -104,6 +105,24 @@ def test_it_is_taken_up_anywhere_at_another_world_size(mixed: Path, straight: li
         found += steps(stream(mixed), at, count, world=int(rng.choice([1, 2, 3])))
         at += count
     assert found == straight
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_it_is_the_same_over_http(
+    mixed: Path, straight: list[list[Line]], indexed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving() as server:
+        for path in mixed.iterdir():
+            if path.suffix == ".tar" or indexed:
+                server.files[f"/{path.name}"] = path.read_bytes()
+        sources = {
+            "films": {"shards": f"{server.url}/films-{{0..1}}.tar", "weight": 0.75},
+            "photos": {"shards": f"{server.url}/photos-0.tar", "weight": 0.25},
+        }
+        for workers, cache in ((0, None), (1, tmp_path / "cache")):
+            remote = stream(mixed, sources=sources, num_workers=workers, remote_cache=cache)
+            assert steps(remote, 0, STEPS) == straight
 
 
 def test_every_rank_of_a_step_has_the_same_bucket_and_as_many_micro_batches(mixed: Path) -> None:

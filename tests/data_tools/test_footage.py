@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit_video.data.files import expand_shards
 from dit_video.data.index import index_shards
 from dit_video.data.loader import ClipLoader
-from dit_video.data.shards import ClipRecord, expand_shards, read_attributes, read_member
+from dit_video.data.shards import ClipRecord, read_attributes, read_member
 from dit_video.data.video_file import Video, read_video, write_mp4
 from dit_video.data_tools.footage import caption, look, write_footage
 from dit_video.data_tools.shots import find_cuts, probe, read_frames
