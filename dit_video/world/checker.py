@@ -21,6 +21,7 @@ from dit_video.world.state import COLOURS, EXTENTS, OUTLINES, SHAPES, SIZES, che
 MIN_CONTRAST = 60.0  # distance in RGB of an object from its background
 MAX_COLOUR_DISTANCE = 60.0  # of the object from the nearest colour of the world
 MAX_COLOUR_DRIFT = 42.0  # of a frame's object colour from the clip's
+MAX_CONTRAST_DRIFT = 0.25  # of a frame's contrast with the background from the clip's, as a share of it; samples reach 0.16
 MAX_AREA_DRIFT = 0.25  # of a frame's area from the clip's, as a share of it
 AREA_RANGE = (0.7, 1.35)  # of the area that the size read has
 MAX_NOISE = 11.0  # grey levels, root mean square over the background
@@ -56,6 +57,7 @@ class Reading:
     speed: float = 0.0  # sides a second along the law of motion
     colour_distance: float = 0.0  # from the nearest colour of the world, in RGB
     colour_drift: float = 0.0  # of any frame's colour, in RGB
+    contrast_drift: float = 0.0  # of any frame's distance from the background, as a share
     tint: float = 0.0  # distance in RGB between the object's halves
     area_ratio: float = 0.0  # to the area that the size read should have
     area_drift: float = 0.0  # of any frame's area, as a share
@@ -125,6 +127,7 @@ def read(video: UInt8[np.ndarray, "T H W 3"], fps: float) -> Reading:
     size = min(areas, key=lambda name: abs(math.log(usual_area / areas[name])))
     distances = {name: float(np.linalg.norm(usual_colour - value)) for name, value in COLOURS.items()}
     colour = min(distances, key=lambda name: distances[name])
+    contrast = np.linalg.norm(colours - look.background[look.present], axis=1)
     law = _closest_law(places, np.flatnonzero(look.present) / fps, side)
     nothing.centres[look.present], nothing.area[look.present] = places, area
     return replace(
@@ -136,6 +139,7 @@ def read(video: UInt8[np.ndarray, "T H W 3"], fps: float) -> Reading:
         speed=law.speed / side,
         colour_distance=distances[colour],
         colour_drift=_drift(colours),
+        contrast_drift=_drift(contrast[:, None] / max(float(np.median(contrast)), 1.0)),
         tint=float(np.median(look.tint[look.present])),
         area_ratio=usual_area / areas[size],
         area_drift=_drift(area[:, None] / usual_area),
@@ -173,6 +177,7 @@ def _broken(reading: Reading) -> list[str]:
         f"{int(reading.count.max())} objects in {int((reading.count > 1).sum())} frames": bool((reading.count > 1).any()),
         f"the colour is {reading.colour_distance:.0f} away from any": reading.colour_distance > MAX_COLOUR_DISTANCE,
         f"the colour drifts by {reading.colour_drift:.0f}": reading.colour_drift > MAX_COLOUR_DRIFT,
+        f"its contrast drifts by {reading.contrast_drift:.0%}": reading.contrast_drift > MAX_CONTRAST_DRIFT,
         f"the area is {reading.area_ratio:.2f} of a {reading.size} object's": not low <= reading.area_ratio <= high,
         f"the area drifts by {reading.area_drift:.0%}": reading.area_drift > MAX_AREA_DRIFT,
         f"no clear shape: misfit {reading.misfit:.2f}": reading.misfit > MAX_MISFIT,
