@@ -107,7 +107,7 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
-    """Writes an mp4 a clip and index.jsonl (file, prompt, seed, size, frames, steps, guidance, verdict) in place of an earlier set.
+    """Writes an mp4 a clip and index.jsonl (file, prompt, seed, size, frames, steps, guidance, sampler in words, verdict) in place of an earlier set.
 
     ValueError where the folder holds videos that no index.jsonl lists: they are someone's.
     """
@@ -122,6 +122,7 @@ def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
             "file": name, "suite": clip.suite, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
             "seed": request.seed, "task": request.task, "frames": request.num_frames, "height": request.height,
             "width": request.width, "fps": request.fps, "steps": sampler.steps, "guidance": sampler.guidance,
+            "sampler": describe(sampler),
         }  # fmt: skip
         if clip.judgement is not None:
             line["verdict"] = {"right": clip.judgement.right, "reason": clip.judgement.reason}
