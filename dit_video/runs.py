@@ -107,7 +107,7 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def write_clips(folder: Path, clips: Sequence[Clip], sampler: Sampler) -> None:
-    """Writes an mp4 a clip and index.jsonl (file, prompt, seed, size, frames, steps, guidance, sampler in words, verdict) in place of an earlier set.
+    """Writes an mp4 a clip and index.jsonl (file, prompt, seed, size, frames, sampler, verdict) in place of an earlier set.
 
     ValueError where the folder holds videos that no index.jsonl lists: they are someone's.
     """
