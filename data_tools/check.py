@@ -17,7 +17,7 @@ from dit_video.data.files import ShardFile, expand_shards
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips, ShardIndex, build, load, save, write_index
 from dit_video.data.pool import DecodePool, Failure
 from dit_video.data.reader import read_captions
-from dit_video.data.shards import BadDataError, ClipRecord, read_member, scan, sidecar, split_name, write_shard
+from dit_video.data.shards import BadDataError, ClipRecord, members_of, read_member, sidecar, write_shard
 from dit_video.data.video_file import read_image
 
 SHOWN = 20  # bad clips that are printed; the others are counted
@@ -96,19 +96,12 @@ def check_shards(
 def _differences(path: ShardFile, index: ShardIndex) -> list[str]:
     """What a shard's headers say otherwise than the index that was made before."""
     try:
-        headers, problem = scan(path)
+        members, problems = members_of(path)
     except BadDataError as error:
         return [str(error)]
     found: dict[tuple[str, str], list[int]] = {}
-    problems = [problem] if problem else []
-    for header in headers:
-        try:
-            name = split_name(header)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if name is not None:
-            found.setdefault(name, []).append(header.offset_data)
+    for key, extension, member in members:
+        found.setdefault((key, extension), []).append(member.offset)
     known = {(key, name): member.offset for row, key in enumerate(index.keys) for name, member in index.members(row).items()}
     kinds = {
         "are there twice": [name for name, offsets in found.items() if len(offsets) > 1],

@@ -28,7 +28,7 @@ from safetensors.numpy import save as to_safetensors
 
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import ShardFile, exists, open_file, size_of
-from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, scan, sidecar, split_name
+from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, members_of, sidecar
 
 INDEX_VERSION = "1"
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
@@ -93,24 +93,15 @@ def build(shard: ShardFile, checksums: bool = False, look: bool = False) -> Shar
     What cannot be indexed is left out and said in `problems`: what follows a damaged header or the end of a cut file, members that are no
     plain files, names that lead out of the folder, and members that are there twice. BadDataError where it is no tar at all.
     """
-    headers, problem = scan(shard)
-    problems = [problem] if problem else []
+    found, problems = members_of(shard)
     samples: dict[str, dict[str, Member]] = {}
     refused: set[str] = set()
-    for header in headers:
-        try:
-            name = split_name(header)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if name is None:
-            continue
-        key, extension = name
+    for key, extension, member in found:
         members = samples.setdefault(key, {})
         if extension in members:
             problems.append(f"holds {key}.{extension} twice; neither is used")
             refused.add(key)
-        members[extension] = Member(header.offset_data, header.size, None)
+        members[extension] = member
     for key in refused:
         del samples[key]
     if checksums:

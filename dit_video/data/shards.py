@@ -109,6 +109,21 @@ def split_name(header: tarfile.TarInfo) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
+def members_of(shard: ShardFile) -> tuple[list[tuple[str, str, Member]], list[str]]:
+    """Key, extension and place of every member of a shard, as its headers say, and what is wrong with others; errors as `scan`."""
+    headers, problem = scan(shard)
+    found, problems = [], [problem] if problem else []
+    for header in headers:
+        try:
+            name = split_name(header)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if name is not None:
+            found.append((*name, Member(header.offset_data, header.size)))
+    return found, problems
+
+
 def read_member(record: ClipRecord, extension: str) -> bytes:
     """The bytes of one member (KeyError where it never had one), as its checksum says they were when the shard was indexed.
 
@@ -153,16 +168,11 @@ def _elsewhere(shard: ShardFile, version: str) -> dict[tuple[str, str], list[Mem
     """Where a shard's members lie now, by key and extension; a new version is looked at anew."""
     found: dict[tuple[str, str], list[Member]] = {}
     try:
-        headers, _ = scan(shard)
+        members, _ = members_of(shard)
     except BadDataError:
         return found
-    for header in headers:
-        try:
-            name = split_name(header)
-        except ValueError:
-            continue
-        if name is not None:
-            found.setdefault(name, []).append(Member(header.offset_data, header.size))
+    for key, extension, member in members:
+        found.setdefault((key, extension), []).append(member)
     return found
 
 
