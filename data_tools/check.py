@@ -16,8 +16,8 @@ from dit_video.data.decode import decode_all
 from dit_video.data.files import ShardFile, expand_shards
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips, ShardIndex, build, load, save, write_index
 from dit_video.data.pool import DecodePool, Failure
-from dit_video.data.reader import read_captions
-from dit_video.data.shards import BadDataError, ClipRecord, members_of, read_member, sidecar, write_shard
+from dit_video.data.reader import caption_members, captions_of
+from dit_video.data.shards import BadDataError, ClipRecord, members_of, read_members, sidecar, write_shard
 from dit_video.data.video_file import read_image
 
 SHOWN = 20  # bad clips that are printed; the others are counted
@@ -33,16 +33,16 @@ class CheckClip:
     max_caption_chars: int
 
     def __call__(self, record: ClipRecord, out: UInt8[np.ndarray, " bytes"]) -> int:
-        found = 0
-        for extension in record.members:
-            data = read_member(record, extension)
+        found, members = 0, read_members(record, list(record.members))
+        for extension, data in members.items():
             if extension in VIDEO_EXTENSIONS:
                 found += decode_all(data)
             elif extension in IMAGE_EXTENSIONS:
                 found += len(read_image(data, 1, 1))
         if not found:
             raise ValueError(f"no video or image among {sorted(record.members)}")
-        read_captions(record, self.captions, self.max_caption_chars)
+        caption_members(record, self.captions, self.max_caption_chars)
+        captions_of(members, self.captions, self.max_caption_chars)
         return found
 
 
@@ -134,7 +134,7 @@ def _repair(clips: Clips, bad: dict[int, str], out: Path) -> Iterator[tuple[Path
         good = [clips.record(number) for number in range(start, end) if number not in bad]
         path = out / clips.shards[shard].name
         if good:
-            write_shard(path, ({"__key__": each.key} | {name: read_member(each, name) for name in each.members} for each in good))
+            write_shard(path, ({"__key__": each.key} | read_members(each, list(each.members)) for each in good))
             write_index(path)
         yield path, len(good), end - start - len(good)
 

@@ -70,6 +70,20 @@ def open_file(file: ShardFile, buffer: int = HEADER_BUFFER) -> BinaryIO:
     return io.BufferedReader(_Ranges(file), buffer)  # type: ignore[return-value]
 
 
+def read_ranges(file: ShardFile, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of each (offset, length), fewer where the file ends before; errors as open_file's."""
+    if isinstance(file, Path):
+        found = []
+        with open(file, "rb") as local:
+            for offset, length in ranges:
+                local.seek(offset)
+                found.append(local.read(length))
+        return found
+    size = size_of(file)
+    inside = [(min(offset, size), max(min(length, size - offset), 0)) for offset, length in ranges]
+    return file.store.read_many(file.address, inside)
+
+
 def size_of(file: ShardFile) -> int:
     """Bytes in the file; errors as open_file's."""
     return file.stat().st_size if isinstance(file, Path) else file.store.size(file.address)

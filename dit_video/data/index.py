@@ -27,7 +27,7 @@ from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
 from dit_video.data.errors import BadDataError
-from dit_video.data.files import ShardFile, exists, open_file, size_of
+from dit_video.data.files import ShardFile, exists, open_file, read_ranges, size_of
 from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, members_of, sidecar
 
 INDEX_VERSION = "1"
@@ -168,9 +168,7 @@ def shape_of(shard: ShardFile, members: Mapping[str, Member]) -> tuple[int, int,
 
 
 def _bytes(shard: ShardFile, member: Member) -> bytes:
-    with open_file(shard, buffer=1) as file:
-        file.seek(member.offset)
-        return file.read(member.size)
+    return read_ranges(shard, [(member.offset, member.size)])[0]
 
 
 def _image_shape(data: bytes) -> tuple[int, int, int, float]:

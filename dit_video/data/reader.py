@@ -1,6 +1,5 @@
 """One clip: its members out of a shard, its captions checked, its frames decoded. It is what worker processes run, and imports no torch."""
 
-import io
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from jaxtyping import UInt8
 from dit_video.data.buckets import ClipShape
 from dit_video.data.decode import DecodeError, Decoder, decode_clip
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, read_member
+from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, read_members
 from dit_video.data.video_file import read_image
 
 
@@ -46,12 +45,13 @@ class ClipReader:
     random_start: bool
 
     def __call__(self, job: Job, out: UInt8[np.ndarray, " bytes"]) -> ReadClip:
-        captions = read_captions(job.record, self.captions, self.max_caption_chars)
-        shape, start, fixed = job.shape, 0.0, True
-        extension = find_member(job.record, shape.num_frames)
+        record, shape, start, fixed = job.record, job.shape, 0.0, True
+        extension = find_member(record, shape.num_frames)
         if extension is None:
-            raise DecodeError(f"no video: none of {', '.join(VIDEO_EXTENSIONS)} among {sorted(job.record.members)}")
-        data = read_member(job.record, extension)
+            raise DecodeError(f"no video: none of {', '.join(VIDEO_EXTENSIONS)} among {sorted(record.members)}")
+        members = read_members(record, [extension, *caption_members(record, self.captions, self.max_caption_chars)])
+        captions = captions_of(members, self.captions, self.max_caption_chars)
+        data = members[extension]
 
         def choose_start(slack: float) -> float:
             nonlocal fixed, start
@@ -67,7 +67,7 @@ class ClipReader:
                 start_seconds=choose_start, decoder=self.decoder,
             )  # fmt: skip
         out[: shape.num_bytes] = pixels.reshape(-1)
-        checksums = {extension: zlib.crc32(data)} if job.record.members[extension].checksum is None else {}
+        checksums = {extension: zlib.crc32(data)} if record.members[extension].checksum is None else {}
         return ReadClip(captions, fixed, start, checksums)
 
 
@@ -77,45 +77,46 @@ def find_member(record: ClipRecord, num_frames: int) -> str | None:
     return next((extension for extension in wanted if extension in record.members), None)
 
 
-def read_captions(record: ClipRecord, fields: Sequence[str], max_chars: int) -> dict[str, str]:
-    """The captions of a sample by field; ValueError where it has none of the fields, or one that cannot be used."""
-    about = _about(record) if any(name.startswith("json.") for name in fields) else {}
+def caption_members(record: ClipRecord, fields: Sequence[str], max_chars: int) -> list[str]:
+    """The members that captions of these fields are in; ValueError where there is none, or one is too large to be read."""
+    found = {"json" if name.startswith("json.") else name for name in fields} & record.members.keys()
+    if not found:
+        raise ValueError(f"no caption: no {' or '.join('.' + name for name in fields)} among {sorted(record.members)}")
+    for extension in found:
+        size = record.members[extension].size
+        if extension in fields and size > 4 * max_chars + 16:  # four bytes a character are the most, in UTF-8
+            raise ValueError(f"the caption of {size} bytes is longer than max_caption_chars={max_chars}")
+        if size > MAX_JSON_BYTES and extension == "json":
+            raise ValueError(f"its json of {size} bytes is larger than {MAX_JSON_BYTES}")
+    return sorted(found)
+
+
+def captions_of(members: Mapping[str, bytes], fields: Sequence[str], max_chars: int) -> dict[str, str]:
+    """The captions in the members of a sample, by field; ValueError where it has none of the fields, or one that cannot be used."""
+    about = _about(members["json"]) if "json" in members and any(name.startswith("json.") for name in fields) else {}
     found: dict[str, str] = {}
     for name in fields:
         if name.startswith("json."):
             text = about.get(name.removeprefix("json."))
             if isinstance(text, str):
                 found[name] = check_caption(text, max_chars)
-        elif name in record.members:
-            found[name] = read_caption(record, name, max_chars)
+        elif name in members:
+            try:
+                text = members[name].decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"the caption is not UTF-8: {error.reason} at byte {error.start}") from error
+            found[name] = check_caption(text, max_chars)
     if not found:
-        raise ValueError(f"no caption: no {' or '.join('.' + name for name in fields)} among {sorted(record.members)}")
+        raise ValueError(f"no caption: no {' or '.join('.' + name for name in fields)} among {sorted(members)}")
     return found
 
 
-def _about(record: ClipRecord) -> Mapping[str, object]:
-    member = record.members.get("json")
-    if member is None or member.size > MAX_JSON_BYTES:
-        return {}
+def _about(data: bytes) -> Mapping[str, object]:
     try:
-        about = json.load(io.BytesIO(read_member(record, "json")))
+        about = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its json cannot be read: {error}") from error
     return about if isinstance(about, dict) else {}
-
-
-def read_caption(record: ClipRecord, extension: str, max_chars: int) -> str:
-    """A caption of its own member; ValueError where it is missing, and as `check_caption`."""
-    if extension not in record.members:
-        raise ValueError(f"no caption: no .{extension} among {sorted(record.members)}")
-    size = record.members[extension].size
-    if size > 4 * max_chars + 16:
-        raise ValueError(f"the caption of {size} bytes is longer than max_caption_chars={max_chars}")
-    try:
-        text = read_member(record, extension).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the caption is not UTF-8: {error.reason} at byte {error.start}") from error
-    return check_caption(text, max_chars)
 
 
 def check_caption(text: str, max_chars: int) -> str:

@@ -9,14 +9,14 @@ import logging
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
 from dit_video.data.errors import BadDataError
-from dit_video.data.files import RemoteFile, ShardFile, open_file, size_of, version_of
+from dit_video.data.files import RemoteFile, ShardFile, open_file, read_ranges, size_of, version_of
 
 MAX_JSON_BYTES = 2**20
 
@@ -125,18 +125,28 @@ def members_of(shard: ShardFile) -> tuple[list[tuple[str, str, Member]], list[st
 
 
 def read_member(record: ClipRecord, extension: str) -> bytes:
-    """The bytes of one member (KeyError where it never had one), as its checksum says they were when the shard was indexed.
+    """The bytes of one member; errors as `read_members`."""
+    return read_members(record, [extension])[extension]
 
-    A shard that was changed since is looked through for the same member; BadClipError where its bytes are no longer there.
-    BadDataError where the shard itself is gone.
+
+def read_members(record: ClipRecord, extensions: Sequence[str]) -> dict[str, bytes]:
+    """The bytes of members of a sample (KeyError where it never had one), as their checksums say they were when the shard was indexed.
+
+    The shard is opened once, and what lies close together in a remote one is asked for at once. A shard that was changed since is looked
+    through for the same members; BadClipError where their bytes are no longer there. BadDataError where the shard itself is gone.
     """
-    member = record.members[extension]
-    data = _read(record.shard, member)
-    if data is not None:
-        return data
+    members = {extension: record.members[extension] for extension in extensions}
+    found = {}
+    for (extension, member), data in zip(members.items(), _read(record.shard, list(members.values())), strict=True):
+        found[extension] = data if data is not None else _find(record, extension, member)
+    return found
+
+
+def _find(record: ClipRecord, extension: str, member: Member) -> bytes:
+    """A member's bytes, which are not where they were."""
     if member.checksum is not None:
         for other in _elsewhere(record.shard, version_of(record.shard)).get((record.key, extension), []):
-            data = _read(record.shard, Member(other.offset, other.size, member.checksum))
+            (data,) = _read(record.shard, [Member(other.offset, other.size, member.checksum)])
             if data is not None:
                 _say_moved(record.shard)
                 return data
@@ -145,16 +155,17 @@ def read_member(record: ClipRecord, extension: str) -> bytes:
     raise BadClipError(f"the shard {what}: {record.key}.{extension} at byte {member.offset}")
 
 
-def _read(shard: ShardFile, member: Member) -> bytes | None:
-    """A member's bytes; None where they are not all there, or not what they were."""
+def _read(shard: ShardFile, members: Sequence[Member]) -> list[bytes | None]:
+    """The bytes of members; None for those that are not all there, or not what they were."""
     try:
-        with open_file(shard, buffer=1) as file:  # one request a member
-            file.seek(member.offset)
-            data = file.read(member.size)
+        read = read_ranges(shard, [(member.offset, member.size) for member in members])
     except OSError as error:
         raise BadDataError(f"{shard}: cannot be read any more ({error}); it was indexed at the start") from error
-    right = len(data) == member.size and member.checksum in (None, zlib.crc32(data))
-    return data if right else None
+    right = [
+        len(data) == member.size and member.checksum in (None, zlib.crc32(data))
+        for member, data in zip(members, read, strict=True)
+    ]
+    return [data if whole else None for data, whole in zip(read, right, strict=True)]
 
 
 @lru_cache(maxsize=1024)
@@ -174,21 +185,6 @@ def _elsewhere(shard: ShardFile, version: str) -> dict[tuple[str, str], list[Mem
     for key, extension, member in members:
         found.setdefault((key, extension), []).append(member)
     return found
-
-
-def read_attributes(record: ClipRecord, extension: str = "json") -> dict[str, Any]:
-    """The JSON object that describes a sample, {} where there is no such member; ValueError where it is not one, or too large."""
-    if extension not in record.members:
-        return {}
-    if record.members[extension].size > MAX_JSON_BYTES:
-        raise ValueError(f"{record.name}: its {extension} of {record.members[extension].size} bytes exceeds {MAX_JSON_BYTES}")
-    try:
-        attributes = json.loads(read_member(record, extension))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{record.name}: its {extension} is not JSON: {error}") from error
-    if not isinstance(attributes, dict):
-        raise ValueError(f"{record.name}: its {extension} is not a JSON object")
-    return attributes
 
 
 @overload

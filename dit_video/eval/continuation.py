@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 from dit_video.data.decode import Decoder, decode_clip
 from dit_video.data.files import expand_shards
 from dit_video.data.index import index_shards
-from dit_video.data.reader import find_member, read_caption
-from dit_video.data.shards import ClipRecord, read_member
+from dit_video.data.reader import caption_members, captions_of, find_member
+from dit_video.data.shards import ClipRecord, read_members
 from dit_video.eval.estimate import Estimate, bootstrap, bootstrap_mean, fraction
 from dit_video.eval.judge import Metric, Suite
 from dit_video.sampler.generate import Request
@@ -87,8 +87,10 @@ class ContinuationSuite(Suite):
         member = find_member(record, self.num_frames)
         if member is None:
             raise ValueError(f"no video among {sorted(record.members)}")
+        captions = caption_members(record, ["txt"], MAX_CAPTION_CHARS) if "txt" in record.members else []
+        members = read_members(record, [member, *captions])
         real = decode_clip(
-            read_member(record, member),
+            members[member],
             num_frames=self.num_frames,
             fps=self.fps,
             height=self.height,
@@ -97,7 +99,7 @@ class ContinuationSuite(Suite):
             decoder=self.decoder,
         )
         return Continuation(
-            prompt=read_caption(record, "txt", MAX_CAPTION_CHARS) if "txt" in record.members else "",
+            prompt=captions_of(members, ["txt"], MAX_CAPTION_CHARS)["txt"] if captions else "",
             seed=self.seed * 10_000 + number,
             num_frames=self.num_frames,
             height=self.height,

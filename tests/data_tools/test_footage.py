@@ -10,7 +10,7 @@ import pytest
 from dit_video.data.files import expand_shards
 from dit_video.data.index import index_shards
 from dit_video.data.loader import ClipLoader
-from dit_video.data.shards import ClipRecord, read_attributes, read_member
+from dit_video.data.shards import ClipRecord, read_member
 from dit_video.data.video_file import Video, read_video, write_mp4
 from dit_video.data_tools.footage import caption, look, write_footage
 from dit_video.data_tools.shots import find_cuts, probe, read_frames
@@ -53,6 +53,10 @@ def written(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(out: Path, videos: Path | list[str], **settings: Any) -> Path:
     named = videos if isinstance(videos, list) else [str(videos / "*.mp4")]
     return write_footage(out, out.parent / "cache", named, **({"workers": 1, "held_out_every": 4, "min_distance": 0} | settings))
+
+
+def read_attributes(record: ClipRecord) -> dict:
+    return json.loads(read_member(record, "json"))
 
 
 def records(out: Path, split: str) -> list[ClipRecord]:
