@@ -3,12 +3,12 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
@@ -69,10 +69,16 @@ def check_shards(
         problems += [f"{path}: {problem}" for problem in _differences(path, index) if index.checked]
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fetched = clips.columns()["fetched"]
     bad: dict[int, str] = {}
-    for number, outcome in _checked(clips, CheckClip(tuple(captions), max_caption_chars), workers, timeout_seconds):
+    for number, outcome in _checked(
+        clips, np.flatnonzero(fetched), CheckClip(tuple(captions), max_caption_chars), workers, timeout_seconds
+    ):
         if isinstance(outcome, Failure):
             bad[number] = outcome.reason
+    absent = int((~fetched).sum())
+    if absent:
+        console.print(f"{absent} samples are left out: the tool that downloaded them says that it could not fetch them")
     for problem in problems:
         console.print(f"damaged: {problem}", markup=False)
     for number, reason in list(bad.items())[:SHOWN]:
@@ -80,17 +86,17 @@ def check_shards(
     if len(bad) > SHOWN:
         console.print(f"and {len(bad) - SHOWN} more bad clips")
     if out is not None:
-        for path, kept, dropped in _repair(clips, bad, out):
+        for path, kept, dropped in _repair(clips, {*bad, *np.flatnonzero(~fetched).tolist()}, out):
             console.print(f"{path}: {kept} clips kept, {dropped} dropped", markup=False)
     unchecked = sum(not index.checked for _, index in clips.indices())
     if unchecked:
         console.print(f"{unchecked} of {len(paths)} shards have no checksums: a bit flipped in a frame may go unnoticed in them")
-    if bad or problems or not len(clips):
+    if bad or problems or not fetched.any():
         where = f"{len(bad)} of {len(clips)} clips are bad, {len(problems)} shards are damaged"
         raise BadDataError(
             f"{paths[0]}{' ...' if len(paths) > 1 else ''}: {where}; " + (f"use {out}" if out else "set repair=FOLDER")
         )
-    console.print(f"{len(paths)} shards, {len(clips)} clips: all of them can be used")
+    console.print(f"{len(paths)} shards, {int(fetched.sum())} clips: all of them can be used")
 
 
 def _differences(path: ShardFile, index: ShardIndex) -> list[str]:
@@ -117,21 +123,24 @@ def _differences(path: ShardFile, index: ShardIndex) -> list[str]:
     return problems + [f"members {kind}: {names}" for kind, names in told.items()]
 
 
-def _checked(clips: Clips, work: CheckClip, workers: int, timeout_seconds: float) -> Iterator[tuple[int, object]]:
+def _checked(
+    clips: Clips, numbers: Int[np.ndarray, " checked"], work: CheckClip, workers: int, timeout_seconds: float
+) -> Iterator[tuple[int, object]]:
     pool: DecodePool[ClipRecord, int] = DecodePool(work, workers, 1, timeout_seconds=timeout_seconds)
     columns = (*Progress.get_default_columns()[:3], TextColumn("{task.completed} of {task.total} clips"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("checking", total=len(clips))
-        for number, outcome in enumerate(pool.map(clips.record(number) for number in range(len(clips)))):
+        task = progress.add_task("checking", total=len(numbers))
+        outcomes = pool.map(clips.record(number) for number in numbers.tolist())
+        for number, outcome in zip(numbers.tolist(), outcomes, strict=True):
             progress.advance(task)
             yield number, outcome
 
 
-def _repair(clips: Clips, bad: dict[int, str], out: Path) -> Iterator[tuple[Path, int, int]]:
+def _repair(clips: Clips, dropped: Set[int], out: Path) -> Iterator[tuple[Path, int, int]]:
     """Writes the clips that are right; a shard of which nothing is left is not written."""
     out.mkdir(parents=True, exist_ok=True)
     for shard, (start, end) in enumerate(zip(clips.starts[:-1].tolist(), clips.starts[1:].tolist(), strict=True)):
-        good = [clips.record(number) for number in range(start, end) if number not in bad]
+        good = [clips.record(number) for number in range(start, end) if number not in dropped]
         path = out / clips.shards[shard].name
         if good:
             write_shard(path, ({"__key__": each.key} | read_members(each, list(each.members)) for each in good))

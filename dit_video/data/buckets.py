@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-TOO_SHORT, NO_SHAPE, LEFT_OUT = -1, -2, -3  # in place of a bucket's number: why a clip is not used
+TOO_SHORT, NO_SHAPE, LEFT_OUT, NOT_FETCHED = -1, -2, -3, -4  # in place of a bucket's number: why a clip is not used
 MISSING_FRAMES = 0.5  # of a frame's duration may be missing at a clip's end, as in decode.py
 SAME = 1e-6  # relative; nearer numbers are equal
 

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,11 +26,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
+from dit_video.data.downloaded import not_fetched
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import ShardFile, exists, open_file, read_ranges, size_of
 from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, members_of, sidecar
 
-INDEX_VERSION = "1"
+INDEX_VERSION = "2"
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 SHAPE_KEYS = ("num_frames", "height", "width", "fps")  # of a sample's json, believed where all are there
@@ -50,6 +51,7 @@ class ShardIndex:
     width: np.ndarray  # int32
     fps: np.ndarray  # float64
     caption_length: np.ndarray  # int32, bytes of the txt member, -1 where there is none
+    fetched: np.ndarray  # bool, False where the tool that downloaded the shard says that it could not fetch this sample
     extensions: list[str]
     member_ends: np.ndarray  # int64: members of sample i are member_ends[i - 1] to member_ends[i]
     member_extension: np.ndarray  # uint8, into extensions
@@ -82,7 +84,7 @@ class ShardIndex:
 
 COLUMNS = {
     "frames": np.int32, "height": np.int32, "width": np.int32, "fps": np.float64, "caption_length": np.int32,
-    "member_ends": np.int64, "member_extension": np.uint8, "member_offset": np.int64, "member_size": np.int64,
+    "fetched": np.bool_, "member_ends": np.int64, "member_extension": np.uint8, "member_offset": np.int64, "member_size": np.int64,
     "member_checksum": np.int64,
 }  # fmt: skip
 
@@ -106,7 +108,8 @@ def build(shard: ShardFile, checksums: bool = False, look: bool = False) -> Shar
         del samples[key]
     if checksums:
         samples = {key: _with_checksums(shard, members) for key, members in samples.items()}
-    return table(shard, samples, problems, look)
+    absent, lacking = not_fetched(shard, samples)
+    return table(shard, samples, problems + lacking, look, absent)
 
 
 def _with_checksums(shard: ShardFile, members: dict[str, Member]) -> dict[str, Member]:
@@ -118,8 +121,10 @@ def _with_checksums(shard: ShardFile, members: dict[str, Member]) -> dict[str, M
     return found
 
 
-def table(shard: ShardFile, samples: Mapping[str, Mapping[str, Member]], problems: list[str], look: bool) -> ShardIndex:
-    """The columns of samples; with `look` the shapes of their pictures are read."""
+def table(
+    shard: ShardFile, samples: Mapping[str, Mapping[str, Member]], problems: list[str], look: bool, absent: Set[str] = frozenset()
+) -> ShardIndex:
+    """The columns of samples, of which some were not fetched; with `look` the shapes of their pictures are read."""
     extensions = sorted({extension for members in samples.values() for extension in members})
     if len(extensions) > 256:
         raise BadDataError(
@@ -135,6 +140,7 @@ def table(shard: ShardFile, samples: Mapping[str, Mapping[str, Member]], problem
         width=shapes[:, 2].astype(np.int32),
         fps=shapes[:, 3],
         caption_length=np.array([members["txt"].size if "txt" in members else -1 for members in samples.values()], np.int32),
+        fetched=np.array([key not in absent for key in samples], np.bool_),
         extensions=extensions,
         member_ends=np.cumsum([len(members) for members in samples.values()], dtype=np.int64),
         member_extension=np.array([extension for extension, _ in rows], np.uint8),
@@ -208,7 +214,7 @@ def save(index: ShardIndex, path: Path) -> None:
     """Writes an index; it appears complete or not at all."""
     keys = [key.encode() for key in index.keys]
     # safetensors writes an array's memory as it lies, so a view with gaps would come back scrambled
-    columns = {name: np.ascontiguousarray(getattr(index, name), kind) for name, kind in COLUMNS.items()}
+    columns: dict[str, np.ndarray] = {name: np.ascontiguousarray(getattr(index, name), kind) for name, kind in COLUMNS.items()}
     columns["key_bytes"] = np.frombuffer(b"".join(keys), np.uint8)
     columns["key_ends"] = np.cumsum([len(key) for key in keys], dtype=np.int64)
     about = {"version": INDEX_VERSION, "extensions": index.extensions, "shard_bytes": index.shard_bytes, "looked": index.looked}
@@ -247,7 +253,8 @@ def load(path: ShardFile) -> ShardIndex:
 def _fits(index: ShardIndex) -> bool:
     count, members = len(index.keys), len(index.member_offset)
     rows = all(
-        len(getattr(index, name)) == count for name in ("frames", "height", "width", "fps", "caption_length", "member_ends")
+        len(getattr(index, name)) == count
+        for name in ("frames", "height", "width", "fps", "caption_length", "fetched", "member_ends")
     )
     files = all(len(getattr(index, name)) == members for name in ("member_extension", "member_size", "member_checksum"))
     return (
@@ -277,7 +284,8 @@ def index_of(shard: ShardFile, look: bool = False) -> ShardIndex:
             if index.looked or not look:
                 return index
             samples = {key: index.members(row) for row, key in enumerate(index.keys)}
-            return _keep(table(shard, samples, index.problems, look=True), path)
+            absent = {key for key, fetched in zip(index.keys, index.fetched.tolist(), strict=True) if not fetched}
+            return _keep(table(shard, samples, index.problems, True, absent), path)
         log.info("%s was changed after %s was built, which is built anew", shard, path.name)
     try:
         return _keep(build(shard, look=look), path)
@@ -361,8 +369,8 @@ class Clips:
         return [problem if path in problem else f"{path}: {problem}" for path, problem in told]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Frames, height, width and rate of all samples."""
-        names = ("frames", "height", "width", "fps")
+        """Frames, height, width, rate, and whether it was fetched, of all samples."""
+        names = ("frames", "height", "width", "fps", "fetched")
         parts = [[getattr(index, name) for name in names] for _, index in self.indices()]
         return {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
 

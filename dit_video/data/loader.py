@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, ClipShape, assign, level
+from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, ClipShape, assign, level
 from dit_video.data.decode import Decoder
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import expand_shards
@@ -153,6 +153,7 @@ class ClipLoader:
         chosen = assign(self.shapes, columns["frames"], columns["fps"], columns["height"], columns["width"])
         if len(self.shapes) == 1:
             chosen[chosen == NO_SHAPE] = 0
+        chosen[~columns["fetched"]] = NOT_FETCHED
         if max_clips is not None:
             beyond = np.flatnonzero(chosen >= 0)[max_clips:]
             chosen[beyond] = LEFT_OUT

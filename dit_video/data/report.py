@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, TOO_SHORT, ClipShape, spread
+from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, TOO_SHORT, ClipShape, spread
 
 log = logging.getLogger(__name__)
 
-REASONS = {TOO_SHORT: "shorter than every bucket", NO_SHAPE: "of unknown size", LEFT_OUT: "beyond max_clips"}
+REASONS = {
+    TOO_SHORT: "shorter than every bucket", NO_SHAPE: "of unknown size", LEFT_OUT: "beyond max_clips",
+    NOT_FETCHED: "not fetched by the tool that downloaded them",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,8 @@ def plan_synthetic(folder: Path, shards: int) -> None:
         about = ShardIndex(
             keys=[f"{number:05d}{row:04d}" for row in range(each)], frames=rng.integers(1, 200, each).astype(np.int32),
             height=rng.integers(200, 1200, each).astype(np.int32), width=rng.integers(200, 1200, each).astype(np.int32),
-            fps=rng.uniform(12, 30, each), caption_length=np.full(each, 80, np.int32), extensions=["mp4", "txt"],
+            fps=rng.uniform(12, 30, each), caption_length=np.full(each, 80, np.int32), fetched=np.ones(each, np.bool_),
+            extensions=["mp4", "txt"],
             member_ends=np.arange(2, 2 * each + 1, 2, dtype=np.int64), member_extension=np.tile([0, 1], each).astype(np.uint8),
             member_offset=offsets, member_size=np.full(2 * each, 90_000, np.int64), member_checksum=np.zeros(2 * each, np.int64),
             shard_bytes=0, looked=True,
