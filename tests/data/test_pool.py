@@ -60,6 +60,7 @@ def num_descriptors() -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
+    gc.collect()  # what an earlier test of this process left for the collector is none of this one's
     before = children(), num_descriptors()
     yield
     gc.collect()  # an error's traceback holds what it passed through
@@ -245,6 +246,8 @@ def start_program(code: str) -> "subprocess.Popen[str]":
         text=True,
         env=environment,
         start_new_session=True,
+        # tests that a shell runs in the background ignore it, and so would the program
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert program.stdout is not None and program.stdout.readline()
     return program
