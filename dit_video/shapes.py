@@ -145,6 +145,9 @@ class Batch:
     weights: Float[Tensor, " b"] = field(default=None)  # type: ignore[assignment]  # 0 for a filler, 1 for a clip
     parts: list[int] = field(default_factory=list)  # clips of each micro-batch, in order; none said: all are one
     starts: Float[Tensor, " b"] = field(default=None)  # type: ignore[assignment]  # seconds into the source
+    audio: Float[Tensor, "b channels samples"] | None = None  # what is heard from the first frame on, where it was asked for
+    audio_rate: int = 0  # samples a second
+    has_audio: Bool[Tensor, " b"] | None = None  # of those without any, audio is silence
 
     def __post_init__(self) -> None:
         if self.weights is None:
@@ -155,7 +158,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device."""
-        return replace(self, video=self.video.to(device, non_blocking=True), weights=self.weights.to(device))
+        moved = {name: getattr(self, name) for name in ("video", "weights", "audio", "has_audio")}
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items() if tensor is not None}
+        )
 
     def micro_batches(self) -> "Iterator[Batch]":
         """The batch in its parts."""
@@ -164,7 +170,8 @@ class Batch:
             cut = slice(start, end)
             yield Batch(
                 self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut], self.fps, self.weights[cut],
-                starts=self.starts[cut],
+                starts=self.starts[cut], audio=None if self.audio is None else self.audio[cut], audio_rate=self.audio_rate,
+                has_audio=None if self.has_audio is None else self.has_audio[cut],
             )  # fmt: skip
 
 

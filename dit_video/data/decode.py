@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import av
 import numpy as np
@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 
 from dit_video.data.video_file import Video, centre_crop, cover_size
 
-Decoder = Literal["decord", "pyav"]
+Decoder = Literal["decord", "pyav", "torchcodec"]
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 
 MAX_SOURCE_PIXELS = 2**26
 """Height times width of a source frame; more is taken for a broken header."""
@@ -42,7 +43,8 @@ class VideoInfo:
     width: int
     rotation: int  # quarter turns counter-clockwise from the stored to the shown picture
     seconds: float  # until the end of the last frame
-    times: Float[np.ndarray, " frames"]  # when each frame begins, in seconds
+    origin: float  # when the first frame is shown, in seconds of the file's own clock
+    times: Float[np.ndarray, " frames"]  # when each frame begins, in seconds after that
     timestamps: Int[np.ndarray, " frames"]  # the same in units of the stream
 
 
@@ -50,6 +52,16 @@ class VideoInfo:
 def has_decord() -> bool:
     """Whether decord is installed here; it has no wheel for ARM and newer macOS."""
     return find_spec("decord") is not None
+
+
+@cache
+def why_no_torchcodec() -> str | None:
+    """Why torchcodec cannot be used here, None where it can; it is optional, and needs FFmpeg's shared libraries on the system."""
+    try:
+        import torchcodec.decoders  # type: ignore[import-untyped, import-not-found] # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:  # without FFmpeg it raises a page of text
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None
 
 
 def _open(data: bytes) -> InputContainer:
@@ -90,7 +102,8 @@ def _probe(container: InputContainer) -> VideoInfo:
     height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
     tick = float(stream.time_base)
     elapsed = timestamps - timestamps[0]
-    return VideoInfo(height, width, turns, float(elapsed[-1] + last) * tick, elapsed * tick, timestamps)
+    seconds = float(elapsed[-1] + last) * tick
+    return VideoInfo(height, width, turns, seconds, float(timestamps[0]) * tick, elapsed * tick, timestamps)
 
 
 def _check_size(height: int, width: int) -> None:
@@ -147,6 +160,37 @@ def _fetch_decord(data: bytes, info: VideoInfo, indices: Int[np.ndarray, " frame
         return None
 
 
+def _fetch_torchcodec(data: bytes, info: VideoInfo, indices: Int[np.ndarray, " frames"], height: int, width: int) -> Video | None:
+    """None where torchcodec gives up, or counts other frames than the packets do."""
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize  # type: ignore[import-untyped, import-not-found]
+
+    resize = [] if (height, width) == (info.height, info.width) else [Resize((height, width))]
+    try:
+        decoder = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, transforms=resize)
+        return decoder.get_frames_at(indices.tolist()).data.numpy() if len(decoder) == len(info.times) else None
+    except (RuntimeError, ValueError, IndexError):
+        return None
+
+
+def _fetch(
+    data: bytes, info: VideoInfo, indices: Int[np.ndarray, " frames"], size: tuple[int, int], decoder: Decoder
+) -> Video | None:
+    """Frames by a decoder other than PyAV; None where it is not here, or gives up."""
+    if decoder == "decord" and has_decord():
+        return _fetch_decord(data, info, indices, *size)
+    return _fetch_torchcodec(data, info, indices, *size) if decoder == "torchcodec" else None
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """Frames, and which seconds of the source they are."""
+
+    video: Video
+    start: float  # in seconds after its first frame
+    origin: float  # as in VideoInfo
+
+
 def decode_clip(
     data: bytes,
     *,
@@ -156,14 +200,14 @@ def decode_clip(
     width: int,
     start_seconds: float | Callable[[float], float] = 0.0,
     decoder: Decoder = "decord",
-) -> Video:
+) -> DecodedClip:
     """`num_frames` frames at `fps` frames a second, from start_seconds on, each the source frame nearest in time.
 
     Pixels are resized in the decoder to cover height x width with their aspect kept, and cut at the centre. start_seconds may be
     a function that receives the latest possible start and returns the start. A source slower than fps repeats frames. The last
     frame may stand for up to half a frame of time missing at the end. DecodeError where the bytes are no video, do not decode, or
-    are too short. Without resizing both decoders give the same pixels; PyAV also notices a damaged frame, where decord shows
-    what it can. Where decord is not installed, or gives up, PyAV takes its place.
+    are too short. Without resizing all decoders give the same pixels; PyAV also notices a damaged frame, where decord shows
+    what it can. Where decord is not installed, and where it or torchcodec gives up, PyAV takes its place.
     """
     try:
         with _open(data) as container:
@@ -177,12 +221,12 @@ def decode_clip(
                 )
             indices = choose_frames(info.times, start + np.arange(num_frames) / fps)
             size = cover_size(info.height, info.width, height, width)
-            video = _fetch_decord(data, info, indices, *size) if decoder == "decord" and has_decord() else None
+            video = _fetch(data, info, indices, size, decoder)
             if video is None:
                 video = _fetch_pyav(container, info, indices, *size)
     except (av.FFmpegError, OverflowError, MemoryError) as error:
         raise DecodeError(f"not a video that can be read: {error}") from error
-    return np.ascontiguousarray(centre_crop(video, height, width))
+    return DecodedClip(np.ascontiguousarray(centre_crop(video, height, width)), start, info.origin)
 
 
 def decode_all(data: bytes) -> int:

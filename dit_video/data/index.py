@@ -34,6 +34,7 @@ from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, members_of
 INDEX_VERSION = "2"
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "aac")  # beside a video, in place of its own sound
 SHAPE_KEYS = ("num_frames", "height", "width", "fps")  # of a sample's json, believed where all are there
 NO_CHECKSUM = -1
 SAVE_EVERY = 10_000  # checksums that are taken at a first read

@@ -5,15 +5,16 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dit_video.data.audio import AudioFormat
 from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, ClipShape, assign, level
-from dit_video.data.decode import Decoder
+from dit_video.data.decode import DECODERS, Decoder, why_no_torchcodec
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import expand_shards
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
@@ -49,6 +50,8 @@ class _Cached:
 
     video: torch.Tensor
     captions: dict[str, str]
+    audio: torch.Tensor | None = None
+    has_audio: bool = False
 
 
 class ClipLoader:
@@ -88,9 +91,13 @@ class ClipLoader:
         remote_cache: Path | str | None = None,
         remote_cache_bytes: int = 2**34,
         cost: Callable[[ClipShape], float] | None = None,
+        audio_rate: int | None = None,
+        audio_channels: int = 1,
     ) -> None:
-        if decoder not in ("decord", "pyav"):
-            raise ValueError(f"there is no decoder {decoder!r}; set data.decoder to decord or pyav")
+        if decoder not in DECODERS:
+            raise ValueError(f"there is no decoder {decoder!r}; set data.decoder to one of {', '.join(DECODERS)}")
+        if decoder == "torchcodec" and (cause := why_no_torchcodec()):
+            raise ValueError(f"torchcodec cannot be used here ({cause}); set data.decoder to decord or pyav")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}; set data.num_workers")
         for name, value in {"batch_size": batch_size, "micro_batches": micro_batches}.items():
@@ -109,7 +116,8 @@ class ClipLoader:
         self.shapes = [ClipShape(**default | dict(bucket)) for bucket in buckets or [{}]]
         self.batch_size, self.micro_batches, self.seed, self.num_workers = batch_size, micro_batches, seed, num_workers
         self.timeout_seconds, self.worker_bytes, self.cache_bytes = timeout_seconds, worker_bytes, cache_bytes
-        self.reader = ClipReader(seed, decoder, tuple(self.fields), max_caption_chars, random_start)
+        self.audio = AudioFormat(audio_rate, audio_channels) if audio_rate is not None else None
+        self.reader = ClipReader(seed, decoder, tuple(self.fields), max_caption_chars, random_start, self.audio)
         costs = [cost(shape) if cost else float(shape.num_frames * shape.height * shape.width) for shape in self.shapes]
 
         named = sources or {"shards": {"shards": shards, "weight": 1.0}}
@@ -218,7 +226,7 @@ class ClipLoader:
                     if entry.cached is None:
                         yield Job(self.clips.record(entry.record), entry.slot, self.shapes[entry.bucket])
 
-        largest = max(shape.num_bytes for shape in self.shapes)
+        largest = max(self.reader.num_bytes(shape) for shape in self.shapes)
         ahead = min(AHEAD_CLIPS * self.num_workers, max(AHEAD_BYTES // largest, self.num_workers))
         pool: DecodePool[Job, Any] = DecodePool(
             self.reader,
@@ -252,6 +260,8 @@ class ClipLoader:
         fillers = sum(not part for part in parts)
         count = len(entries) + fillers
         video = torch.zeros(count, shape.num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
+        audio = torch.zeros(count, self.audio.channels, self.reader.num_samples(shape)) if self.audio else None
+        has_audio = torch.zeros(count, dtype=torch.bool)
         captions, keys, weights, starts = [""] * count, ["filler"] * count, torch.zeros(count), torch.zeros(count)
         slots = torch.full((count,), step.first_slot)
         rows = itertools.count()
@@ -268,25 +278,33 @@ class ClipLoader:
                     if isinstance(outcome, Failure):
                         bad = BadClip(record, outcome.reason)
                     else:
-                        pixels = torch.from_numpy(outcome.pixels[: shape.num_bytes]).view(video.shape[1:])
-                        video[row], starts[row] = pixels, outcome.value.start
+                        pixels, waveform = self.reader.layout(shape, outcome.pixels)
+                        video[row], starts[row] = torch.from_numpy(pixels), outcome.value.start
                         clip = _Cached(video[row], outcome.value.captions)
+                        if audio is not None:
+                            audio[row], has_audio[row] = torch.from_numpy(waveform), outcome.value.has_audio
+                            clip = replace(clip, audio=audio[row], has_audio=outcome.value.has_audio)
                         if outcome.value.fixed:
                             self._keep(entry, clip)
                         if outcome.value.checksums:
                             self.clips.learn(entry.record, outcome.value.checksums)
                 else:
-                    video[row] = clip.video
+                    video[row], has_audio[row] = clip.video, clip.has_audio
+                    if audio is not None and clip.audio is not None:
+                        audio[row] = clip.audio
                 self.ledger.account(bad)
                 if clip is not None:
                     captions[row], weights[row] = self._caption(clip.captions, entry.slot), 1
         sizes = [max(len(part), 1) for part in parts]
-        return Batch(video, captions, keys, slots, shape.fps, weights, sizes, starts)
+        batch = Batch(video, captions, keys, slots, shape.fps, weights, sizes, starts)
+        return batch if self.audio is None else replace(batch, audio=audio, audio_rate=self.audio.rate, has_audio=has_audio)
 
     def _keep(self, entry: _Entry, clip: _Cached) -> None:
-        size = self.shapes[entry.bucket].num_bytes
+        size = self.reader.num_bytes(self.shapes[entry.bucket])
         if self._cached_bytes + size <= self.cache_bytes and (entry.bucket, entry.record) not in self._cache:
-            self._cache[entry.bucket, entry.record] = _Cached(clip.video.clone(), clip.captions)
+            self._cache[entry.bucket, entry.record] = replace(
+                clip, video=clip.video.clone(), audio=None if clip.audio is None else clip.audio.clone()
+            )
             self._cached_bytes += size
 
     def _caption(self, captions: dict[str, str], slot: int) -> str:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
+from dit_video.data.audio import AudioFormat, Waveform, decode_audio
 from dit_video.data.buckets import ClipShape
 from dit_video.data.decode import DecodeError, Decoder, decode_clip
-from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dit_video.data.index import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, read_members
-from dit_video.data.video_file import read_image
+from dit_video.data.video_file import Video, read_image
 
 
 @dataclass(frozen=True)
@@ -31,44 +32,83 @@ class ReadClip:
     captions: dict[str, str]  # by field, those that the sample has
     fixed: bool  # every slot would get the same pixels
     start: float  # seconds into the source
+    has_audio: bool
     checksums: dict[str, int]  # of members that had none in the index
 
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads a clip into `out`, uint8 pixels of its shape; ValueError where it cannot be used, saying why."""
+    """Reads a clip into `out`, see `layout`; ValueError where it cannot be used, saying why."""
 
     seed: int  # of where in a longer source a clip begins
     decoder: Decoder
     captions: tuple[str, ...]  # fields: an extension such as txt, or json.NAME for a text in the sample's json
     max_caption_chars: int
     random_start: bool
+    audio: AudioFormat | None = None  # None: sound is not decoded
+
+    def num_samples(self, shape: ClipShape) -> int:
+        """Samples of sound that go with a clip, in every channel."""
+        return self.audio.num_samples(shape.seconds) if self.audio else 0
+
+    def num_bytes(self, shape: ClipShape) -> int:
+        """What `out` must hold for a clip."""
+        return self._audio_begins(shape) + 4 * self.num_samples(shape) * (self.audio.channels if self.audio else 0)
+
+    def layout(self, shape: ClipShape, out: UInt8[np.ndarray, " bytes"]) -> tuple[Video, Waveform | None]:
+        """Views of `out`, which hold the frames of a clip and its sound."""
+        video = out[: shape.num_bytes].reshape(shape.num_frames, shape.height, shape.width, 3)
+        if self.audio is None:
+            return video, None
+        sound = out[self._audio_begins(shape) : self.num_bytes(shape)].view(np.float32)
+        return video, sound.reshape(self.audio.channels, self.num_samples(shape))
+
+    @staticmethod
+    def _audio_begins(shape: ClipShape) -> int:
+        return -(-shape.num_bytes // 4) * 4  # a float lies at a multiple of its size
 
     def __call__(self, job: Job, out: UInt8[np.ndarray, " bytes"]) -> ReadClip:
-        record, shape, start, fixed = job.record, job.shape, 0.0, True
+        record, shape, fixed = job.record, job.shape, True
         extension = find_member(record, shape.num_frames)
         if extension is None:
             raise DecodeError(f"no video: none of {', '.join(VIDEO_EXTENSIONS)} among {sorted(record.members)}")
-        members = read_members(record, [extension, *caption_members(record, self.captions, self.max_caption_chars)])
+        sound = next((name for name in AUDIO_EXTENSIONS if name in record.members), None) if self.audio else None
+        wanted = [extension, *caption_members(record, self.captions, self.max_caption_chars), *([sound] if sound else [])]
+        members = read_members(record, wanted)
         captions = captions_of(members, self.captions, self.max_caption_chars)
-        data = members[extension]
 
         def choose_start(slack: float) -> float:
-            nonlocal fixed, start
-            if self.random_start and slack >= 0.5 / shape.fps:
-                fixed, start = False, np.random.default_rng([self.seed, job.slot]).uniform(0, slack)
-            return start
+            nonlocal fixed
+            if not self.random_start or slack < 0.5 / shape.fps:
+                return 0.0
+            fixed = False
+            return np.random.default_rng([self.seed, job.slot]).uniform(0, slack)
 
+        video, waveform = self.layout(shape, out)
         if extension in IMAGE_EXTENSIONS:
-            pixels = read_image(data, shape.height, shape.width)[None]
+            video[0], start, origin = read_image(members[extension], shape.height, shape.width), 0.0, 0.0
         else:
-            pixels = decode_clip(
-                data, num_frames=shape.num_frames, fps=shape.fps, height=shape.height, width=shape.width,
+            clip = decode_clip(
+                members[extension], num_frames=shape.num_frames, fps=shape.fps, height=shape.height, width=shape.width,
                 start_seconds=choose_start, decoder=self.decoder,
             )  # fmt: skip
-        out[: shape.num_bytes] = pixels.reshape(-1)
-        checksums = {extension: zlib.crc32(data)} if record.members[extension].checksum is None else {}
-        return ReadClip(captions, fixed, start, checksums)
+            video[:], start, origin = clip.video, clip.start, clip.origin
+        has_audio = False
+        if waveform is not None:
+            has_audio = self._hear(waveform, members, extension if sound is None else sound, start, 0.0 if sound else origin)
+        checksums = {name: zlib.crc32(members[name]) for name in (extension,) if record.members[name].checksum is None}
+        return ReadClip(captions, fixed, start, has_audio, checksums)
+
+    def _hear(self, out: Waveform, members: Mapping[str, bytes], extension: str, start: float, origin: float) -> bool:
+        """Whether there is sound; `out` is silence where there is none."""
+        out[:] = 0
+        if self.audio is None or not out.size or extension in IMAGE_EXTENSIONS:
+            return False
+        seconds = out.shape[1] / self.audio.rate
+        heard = decode_audio(members[extension], self.audio, start_seconds=start, seconds=seconds, origin=origin)
+        if heard is not None:
+            out[:] = heard
+        return heard is not None
 
 
 def find_member(record: ClipRecord, num_frames: int) -> str | None:

@@ -97,7 +97,7 @@ class ContinuationSuite(Suite):
             width=self.width,
             start_seconds=lambda slack: float(rng.uniform(0, slack)),
             decoder=self.decoder,
-        )
+        ).video
         return Continuation(
             prompt=captions_of(members, ["txt"], MAX_CAPTION_CHARS)["txt"] if captions else "",
             seed=self.seed * 10_000 + number,

@@ -42,7 +42,7 @@ def decoding(shards: str) -> Iterator[int]:
             member = clips.clips.record(record).members["mp4"]
             with open(clips.clips.record(record).shard, "rb") as file:
                 file.seek(member.offset)
-                out[row] = torch.from_numpy(decode_clip(file.read(member.size), **SHAPE, decoder="pyav"))
+                out[row] = torch.from_numpy(decode_clip(file.read(member.size), **SHAPE, decoder="pyav").video)
         yield BATCH
 
 
@@ -51,7 +51,7 @@ def plain(shards: str) -> Iterator[int]:
     paths = [str(path) for path in expand_shards(shards)]
     data = webdataset.WebDataset(paths, shardshuffle=False, resampled=False).repeat().shuffle(100)
     pairs = data.map(
-        lambda sample: (torch.from_numpy(decode_clip(sample["mp4"], **SHAPE, decoder="pyav")), sample["txt"].decode())
+        lambda sample: (torch.from_numpy(decode_clip(sample["mp4"], **SHAPE, decoder="pyav").video), sample["txt"].decode())
     )
     samples = iter(pairs)
     while True:
