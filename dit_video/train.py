@@ -66,7 +66,9 @@ def main(config: DictConfig) -> None:
             write_json(folder / "summary.json", summary(config, meta, spent))
             write_report(folder)
         return
-    loader: ClipLoader = make(config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config))
+    loader: ClipLoader = make(
+        config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config), tokens=tokens_of(config)
+    )
     module = make_module(config, resume)
     callbacks = make_callbacks(config, folder, module, resume, spent)
     open_run(folder, config, resume)
@@ -229,6 +231,12 @@ def cost_of(config: DictConfig) -> Callable[[ClipShape], float]:
         return float(sum(flops_by_part(network, grid, 1, WORDS_OF_A_CAPTION).values()))
 
     return cost
+
+
+def tokens_of(config: DictConfig) -> Callable[[ClipShape], int]:
+    """How many tokens a clip of a shape is to the model."""
+    patch = make_network(config).transformer.patch
+    return lambda shape: token_grid(shape.num_frames, shape.height, shape.width, patch).num_tokens
 
 
 def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:

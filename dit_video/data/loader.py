@@ -91,6 +91,7 @@ class ClipLoader:
         remote_cache: Path | str | None = None,
         remote_cache_bytes: int = 2**34,
         cost: Callable[[ClipShape], float] | None = None,
+        tokens: Callable[[ClipShape], int] | None = None,
         audio_rate: int | None = None,
         audio_channels: int = 1,
     ) -> None:
@@ -130,7 +131,7 @@ class ClipLoader:
         source = np.repeat(owner, np.diff(self.clips.starts))
         chosen = self._assign(max_clips)
         self.report = DataReport(
-            self.shapes, level(costs, batch_size), costs,
+            self.shapes, level(costs, batch_size), costs, [tokens(shape) if tokens else 0 for shape in self.shapes],
             [SourceReport(name, weight, len(paths[name])) for name, weight in zip(paths, weights, strict=True)],
             chosen, source, self.clips.problems(),
         )  # fmt: skip

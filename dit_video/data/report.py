@@ -35,6 +35,7 @@ class DataReport:
     shapes: Sequence[ClipShape]
     sizes: list[int]  # clips of a step, of each bucket
     costs: Sequence[float]  # of a clip of each bucket, in any unit
+    tokens: Sequence[int]  # of a clip of each bucket, as the model counts them; 0 where nothing says
     sources: Sequence[SourceReport]
     bucket: np.ndarray  # of every clip; below 0 where it was refused
     source: np.ndarray  # of every clip
@@ -59,7 +60,8 @@ class DataReport:
         for number, (shape, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
             by_source = ", ".join(f"{source.name} {self.count(number, i)}" for i, source in enumerate(self.sources))
             cost = self.costs[number] * size / (self.costs[0] * self.sizes[0])
-            found.append(f"  {shape}: {self.count(number)} clips ({by_source}), {size} a step, cost of a step {cost:.3f}")
+            tokens = f" of {self.tokens[number]} tokens" if self.tokens[number] else ""
+            found.append(f"  {shape}: {self.count(number)} clips{tokens} ({by_source}), {size} a step, cost of a step {cost:.3f}")
         if len(used) > 1:
             share = spread([self.costs[number] for number in used], [self.sizes[number] for number in used])
             found.append(f"  steps cost the same within {share:.1%}")
@@ -77,7 +79,7 @@ class DataReport:
         buckets = [
             {
                 "shape": vars(shape), "clips": {source.name: self.count(number, i) for i, source in enumerate(self.sources)},
-                "clips_per_step": self.sizes[number], "cost_per_clip": self.costs[number],
+                "clips_per_step": self.sizes[number], "tokens_per_clip": self.tokens[number], "cost_per_clip": self.costs[number],
             }
             for number, shape in enumerate(self.shapes)
         ]  # fmt: skip

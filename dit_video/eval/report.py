@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Writes the report of a run directory (default: its report.html) and returns where it lies.
 
-    Reads config.yaml, metrics.jsonl, evaluation.json, summary.json and evaluation/index.jsonl with its mp4 files; what is
+    Reads config.yaml, metrics.jsonl, evaluation.json, summary.json, data.json and evaluation/index.jsonl with its mp4 files; what is
     missing or damaged is said in its place. All text from the run is escaped; the page may load nothing and run no script.
 
     Raises ValueError if run_dir is not a directory.
@@ -43,6 +43,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         _section("Samples", _gallery(run_dir / "evaluation", clips)),
         _section("Measured", _measured(estimates, protocol)),
         _section("During training", _progress_charts(log)),
+        _section("Data", _data(_read_object(run_dir / "data.json", notes))),
         _section("Throughput", _throughput_charts(log)),
         _section("Configuration", _config(run_dir / "config.yaml")),
     ]
@@ -227,6 +228,37 @@ def _clip(row: Mapping[str, Any], video: bytes) -> str:
         f"<figure class=clip><video loop muted autoplay playsinline src='data:video/mp4;base64,{source}'></video>"
         f"<figcaption><q>{escape(str(row.get('prompt', '')))}</q><p>{said}</p>"
         f"<small>seed {escape(str(row.get('seed', '')))}</small></figcaption></figure>"
+    )
+
+
+# Data
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """Clips of every bucket and source, what a step of each costs beside the dearest, and what was refused."""
+    rows = data.get("buckets")
+    buckets = [_mapping(bucket) for bucket in rows] if isinstance(rows, list) else []
+    if not buckets:
+        return ""
+    names = list(dict.fromkeys(name for bucket in buckets for name in _mapping(bucket.get("clips"))))
+    columns = ["frames", "height", "width", "fps", *names, "tokens a clip", "clips a step", "cost of a step"]
+    costs = [(_number(bucket.get("clips_per_step")) or 0) * (_number(bucket.get("cost_per_clip")) or 0) for bucket in buckets]
+    body = ""
+    for bucket, cost in zip(buckets, costs, strict=True):
+        shape, clips = _mapping(bucket.get("shape")), _mapping(bucket.get("clips"))
+        values = [shape.get(key) for key in ("num_frames", "height", "width", "fps")] + [clips.get(name, 0) for name in names]
+        values += [bucket.get("tokens_per_clip"), bucket.get("clips_per_step")]
+        cells = "".join(f"<td>{'&ndash;' if (n := _number(value)) is None else format(n, ',g')}</td>" for value in values)
+        body += f"<tr>{cells}<td>{_percent(cost / max(costs)) if max(costs) > 0 else '&ndash;'}</td></tr>"
+    head = "".join(f"<th>{_words(name)}</th>" for name in columns)
+    html = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    refused = [
+        f"{count:,} {escape(why)}" for why, count in _mapping(data.get("refused")).items() if isinstance(count, int) and count
+    ]
+    html += f"<p class=protocol>Left out: {', '.join(refused) or 'none'}.</p>"
+    problems = data.get("problems")
+    return html + "".join(
+        f"<p class=note>{escape(str(problem))}</p>" for problem in (problems if isinstance(problems, list) else [])
     )
 
 

@@ -2,25 +2,34 @@
 
     .venv/bin/python experiments/benchmarks/loader.py 'data/footage/train/*.tar'
 
-One process and one thread each, interleaved in rounds over the same clips; frames a second of CPU time, and ratios of the medians.
+One process and one thread each, interleaved in rounds over the same clips; frames a second of CPU time, and the middle of the rounds'
+ratios. Then the making of an index and the check of checksums beside reading the same bytes, all from a cold page cache.
 """
 
+import contextlib
+import io
 import itertools
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 import webdataset  # type: ignore[import-untyped]
 
 from dit_video.data.decode import decode_clip
 from dit_video.data.files import expand_shards
-from dit_video.data.index import Clips
+from dit_video.data.index import Clips, write_index
 from dit_video.data.loader import ClipLoader
+from dit_video.data.shards import write_shard
+from dit_video.data_tools.check import check_shards
 
 ROUNDS, BATCH = 7, 32
 SHAPE = {"num_frames": 9, "height": 32, "width": 48, "fps": 8}
@@ -60,7 +69,23 @@ def plain(shards: str) -> Iterator[int]:
         yield BATCH
 
 
-def main(shards: str) -> None:
+@dataclass(frozen=True)
+class Found:
+    """Frames a second of CPU time, and the clip stream's over each other way's, round by round."""
+
+    rates: dict[str, float]
+    ratios: dict[str, list[float]]
+
+    def over(self, other: str) -> float:
+        return statistics.median(self.ratios[other])
+
+    def told(self, other: str) -> str:
+        found = self.ratios[other]
+        return f"{self.over(other):.3f} (of {len(found)} rounds least {min(found):.3f}, most {max(found):.3f})"
+
+
+def measure(shards: str) -> Found:
+    """Each way for a pass, in turns; a round's ratio is of passes that ran right after each other."""
     torch.set_num_threads(1)
     count = len(Clips(expand_shards(shards)))
     ways: dict[str, Callable[[str], Iterator[int]]] = {
@@ -78,11 +103,52 @@ def main(shards: str) -> None:
             while clips < count:  # a pass, so that each meets the same clips
                 clips += next(batches)
             rates[name].append(clips * SHAPE["num_frames"] / (time.process_time() - started))
-    middle = {name: statistics.median(found) for name, found in rates.items()}
-    for name, found in rates.items():
-        print(f"{name}: {middle[name]:.0f} frames a second of CPU time (least {min(found):.0f}, most {max(found):.0f})")
-    print(f"clip stream over decoding alone: {middle['clip stream'] / middle['decoding alone']:.3f}")
-    print(f"clip stream over plain webdataset: {middle['clip stream'] / middle['plain webdataset']:.3f}")
+    ours = rates["clip stream"]
+    ratios = {name: [a / b for a, b in zip(ours, found, strict=True)] for name, found in rates.items() if found is not ours}
+    return Found({name: statistics.median(found) for name, found in rates.items()}, ratios)
+
+
+def measure_disk(clips: int = 200, clip_bytes: int = 2**21) -> dict[str, float]:
+    """Bytes a second, of wall time, of reading a shard, of making its index, and of comparing its checksums; each from a cold cache."""
+    rng = np.random.default_rng(0)
+    about = {"num_frames": 81, "height": 480, "width": 832, "fps": 16}
+
+    def cold(path: Path) -> None:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read(path: Path) -> None:
+        with open(path, "rb") as file:
+            while file.read(2**22):
+                pass
+
+    def check(path: Path) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            check_shards(str(path), frames=False, workers=2)
+
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "0.tar"
+        samples = ({"__key__": f"{i:05d}", "mp4": rng.bytes(clip_bytes), "txt": "a clip", "json": about} for i in range(clips))
+        write_shard(path, samples)
+        rates: dict[str, list[float]] = {}
+        for _ in range(3):
+            for what, call in {"read from the disk": read, "indexed": write_index, "checksums compared": check}.items():
+                cold(path)
+                started = time.perf_counter()
+                call(path)
+                rates.setdefault(what, []).append(path.stat().st_size / (time.perf_counter() - started))
+    return {what: statistics.median(found) for what, found in rates.items()}
+
+
+def main(shards: str) -> None:
+    found = measure(shards)
+    for name, rate in found.rates.items():
+        print(f"{name}: {rate:.0f} frames a second of CPU time")
+    for name in found.ratios:
+        print(f"clip stream over {name}: {found.told(name)}")
+    for name, rate in measure_disk().items():
+        print(f"{name}: {rate / 2**20:.0f} MiB a second")
 
 
 if __name__ == "__main__":

@@ -107,3 +107,14 @@ def test_repair_never_writes_where_the_shards_lie(tmp_path: Path) -> None:
     shards_of(tmp_path, index=True)
     with pytest.raises(ValueError, match="set repair"):
         check_shards(f"{tmp_path}/*.tar", repair=str(tmp_path))
+
+
+def test_checksums_alone_find_a_flipped_bit_and_are_not_made_up(tmp_path: Path) -> None:
+    harmed, whole = shards_of(tmp_path, index=True)
+    check_shards(f"{tmp_path}/*.tar", workers=0, frames=False)
+    CORRUPTIONS["bit flipped in video"].change(harmed, 2)
+    with pytest.raises(BadDataError, match="1 of 16 clips are bad"):
+        check_shards(f"{tmp_path}/*.tar", workers=0, frames=False)
+    sidecar(whole).unlink()
+    with pytest.raises(ValueError, match="frames=true"):
+        check_shards(str(whole), workers=0, frames=False)

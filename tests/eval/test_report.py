@@ -82,6 +82,11 @@ def run_dir(tmp_path):
     (run / "summary.json").write_text(
         json.dumps({"clips": 28768, "core_seconds": 301.5, "commit": ATTACK, "parameters": 1523456})
     )
+    bucket = {"shape": {"num_frames": 9, "height": 32, "width": 48, "fps": 8.0}, "clips": {ATTACK: 1234, "photos": 7}}
+    bucket |= {"clips_per_step": 16, "tokens_per_clip": 216, "cost_per_clip": 2e9}
+    image = {"shape": {"num_frames": 1, "height": 32, "width": 48, "fps": 8.0}, "clips_per_step": 64, "cost_per_clip": 4e8}
+    data = {"buckets": [bucket, image, ATTACK], "refused": {ATTACK: 3, "beyond max_clips": 0}, "problems": [ATTACK]}
+    (run / "data.json").write_text(json.dumps(data))
     (run / "config.yaml").write_text(f"prompt: {ATTACK}\n")
     return run
 
@@ -113,6 +118,10 @@ def test_report_shows_every_part(run_dir):
         "damaged",
         "0.3-0.4",
         "n = 64",
+        "1,234",
+        "216",
+        "80.0%",
+        "Left out: 3",
     ):
         assert words in page.text, words
     low, high = (f"{100 * end:.1f}%" for end in (wilson(60, 64).low, wilson(60, 64).high))
@@ -121,17 +130,26 @@ def test_report_shows_every_part(run_dir):
 
 def test_missing_parts_are_said(tmp_path):
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
-    for name in ("summary.json", "evaluation.json", "metrics.jsonl", "evaluation/index.jsonl", "config.yaml"):
+    for name in ("summary.json", "evaluation.json", "metrics.jsonl", "evaluation/index.jsonl", "data.json", "config.yaml"):
         assert name in page.text
     with pytest.raises(ValueError, match="run="):
         write_report(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1, 2]", "{", '{"metrics": 3, "protocol": []}', '{"metrics": {"a.b.c": {"value": NaN}, "a": 1}}']
+    "content",
+    [
+        "",
+        "[1, 2]",
+        "{",
+        '{"metrics": 3, "protocol": []}',
+        '{"metrics": {"a.b.c": {"value": NaN}, "a": 1}}',
+        '{"buckets": 3}',
+        '{"buckets": [{}, 1], "refused": 4, "problems": 5}',
+    ],
 )
 def test_damaged_parts_do_not_stop_the_report(run_dir, content):
-    for name in ("summary.json", "evaluation.json", "metrics.jsonl", "evaluation/index.jsonl"):
+    for name in ("summary.json", "evaluation.json", "metrics.jsonl", "evaluation/index.jsonl", "data.json"):
         (run_dir / name).write_text(content)
     Page(write_report(run_dir).read_text(encoding="utf-8"))
 
