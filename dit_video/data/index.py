@@ -6,6 +6,7 @@ ten million clips are looked through in seconds. Where a shard has none, it is b
 holds is found, and the rest is said.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +30,7 @@ from safetensors.numpy import save as to_safetensors
 
 from dit_video.data.downloaded import not_fetched
 from dit_video.data.errors import BadDataError
-from dit_video.data.files import ShardFile, exists, open_file, read_ranges, size_of
+from dit_video.data.files import ShardFile, exists, open_file, read_ranges, size_of, version_of
 from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, members_of, sidecar
 
 INDEX_VERSION = "2"
@@ -37,6 +39,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "aac")  # beside a video, in place of its own sound
 SHAPE_KEYS = ("num_frames", "height", "width", "fps")  # of a sample's json, believed where all are there
 NO_CHECKSUM = -1
+REMOTE_AT_ONCE = 16  # shards whose index is fetched, or built, at the same time
 SAVE_EVERY = 10_000  # checksums that are taken at a first read
 
 log = logging.getLogger(__name__)
@@ -269,13 +272,13 @@ def _fits(index: ShardIndex) -> bool:
 
 
 def index_of(shard: ShardFile, look: bool = False) -> ShardIndex:
-    """A shard's index: its sidecar where there is one, else built from its headers, and kept beside it where that can be written.
+    """A shard's index: its sidecar where there is one, else built from its headers, and kept (see kept_at) where that can be written.
 
     An index with checksums knows better than a shard that was changed; one without is built anew, and so is one that lacks the shapes
     where they are asked for.
     """
-    path = sidecar(shard)
-    if exists(path):
+    path, own = find_index(shard), kept_at(shard)
+    if path is not None:
         index, size = load(path), size_of(shard)
         changed = size != index.shard_bytes
         if index.checked or not (changed or _is_newer(shard, path)):
@@ -283,13 +286,13 @@ def index_of(shard: ShardFile, look: bool = False) -> ShardIndex:
                 was = f"has {size} bytes, {index.shard_bytes} when indexed"
                 index.problems.append(f"{was}; if it was written anew, delete {path.name}")
             if index.looked or not look:
-                return index
+                return index if path == own else _keep(index, own)
             samples = {key: index.members(row) for row, key in enumerate(index.keys)}
             absent = {key for key, fetched in zip(index.keys, index.fetched.tolist(), strict=True) if not fetched}
-            return _keep(table(shard, samples, index.problems, True, absent), path)
+            return _keep(table(shard, samples, index.problems, True, absent), own)
         log.info("%s was changed after %s was built, which is built anew", shard, path.name)
     try:
-        return _keep(build(shard, look=look), path)
+        return _keep(build(shard, look=look), own)
     except BadDataError as error:
         return table(shard, {}, [str(error)], look=False)
 
@@ -299,9 +302,28 @@ def _is_newer(shard: ShardFile, path: ShardFile) -> bool:
     return isinstance(shard, Path) and isinstance(path, Path) and shard.stat().st_mtime_ns > path.stat().st_mtime_ns
 
 
-def _keep(index: ShardIndex, path: ShardFile) -> ShardIndex:
+def find_index(shard: ShardFile) -> ShardFile | None:
+    """The index of a shard, where there is one: kept here, or beside it."""
+    own = kept_at(shard)
+    if own is not None and own.exists():
+        return own
+    return sidecar(shard) if exists(sidecar(shard)) else None
+
+
+def kept_at(shard: ShardFile) -> Path | None:
+    """Where the index that was built of a shard is kept: beside a local one, in the cache of a remote one, which may have none."""
+    if isinstance(shard, Path):
+        return sidecar(shard)
+    if shard.store.cache is None:
+        return None
+    name = hashlib.sha256(f"{shard.address}\n{version_of(shard)}".encode()).hexdigest()[:32]  # a new version has no index yet
+    return shard.store.cache.folder / f"{name}.index.safetensors"
+
+
+def _keep(index: ShardIndex, path: Path | None) -> ShardIndex:
     try:
-        if not index.problems and isinstance(path, Path):  # a damaged shard's index would pass for a whole one's
+        if not index.problems and path is not None:  # a damaged shard's index would pass for a whole one's
+            path.parent.mkdir(parents=True, exist_ok=True)
             save(index, path)
     except OSError as error:
         log.info("%s is not written (%s); the shard is indexed anew each time", path, error)
@@ -313,16 +335,26 @@ class Clips:
 
     def __init__(self, shards: Sequence[ShardFile], look: bool = False, kept: int = 512) -> None:
         self.shards = list(shards)
-        self._index = lru_cache(maxsize=kept)(lambda number: index_of(self.shards[number], look))
+        # what is not on this machine is not asked for again
+        bound = None if any(kept_at(shard) is None for shard in self.shards) else kept
+        self._index = lru_cache(maxsize=bound)(lambda number: index_of(self.shards[number], look))
         self._learned: dict[int, ShardIndex] = {}
         self._unsaved = 0
-        new = sum(not exists(sidecar(shard)) for shard in self.shards)
-        if new > 1:
-            log.info("indexing %d shards", new)
-        silent = not new or not sys.stderr.isatty()
-        told = track(self.shards, f"indexing {new} shards", console=Console(stderr=True), transient=True, disable=silent)
-        counts = [len(self._index(number)) for number, _ in enumerate(told)]
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self._look_through())]).astype(np.int64)
+
+    def _look_through(self) -> list[int]:
+        """How many samples each shard has; shards without an index are indexed."""
+        remote = not all(isinstance(shard, Path) for shard in self.shards)
+        with ThreadPoolExecutor(REMOTE_AT_ONCE if remote else 1) as threads:
+            new = sum(found is None for found in threads.map(find_index, self.shards))
+            if new > 1:
+                log.info("indexing %d shards", new)
+            silent = not new or not sys.stderr.isatty()
+            counts = threads.map(lambda number: len(self._index(number)), range(len(self.shards)))
+            told = track(
+                counts, f"indexing {new} shards", len(self.shards), console=Console(stderr=True), transient=True, disable=silent
+            )
+            return list(told)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -350,9 +382,9 @@ class Clips:
     def save_learned(self) -> None:
         """Writes the indices that have learned something, where they can be written."""
         for shard, index in self._learned.items():
-            path = sidecar(self.shards[shard])
+            path = kept_at(self.shards[shard])
             try:
-                if isinstance(path, Path) and path.exists():  # a damaged shard has none
+                if path is not None and path.exists():  # a damaged shard has none
                     save(index, path)
             except OSError as error:
                 log.info("%s is not written: %s", path, error)

@@ -123,6 +123,18 @@ def test_it_is_the_same_over_http(
         for workers, cache in ((0, None), (1, tmp_path / "cache")):
             remote = stream(mixed, sources=sources, num_workers=workers, remote_cache=cache)
             assert steps(remote, 0, STEPS) == straight
+        server.log.clear()
+        again = stream(mixed, sources=sources, remote_cache=tmp_path / "cache")
+        assert steps(again, 0, STEPS) == straight
+        assert len(server.log) == 3  # of each shard which version it is; index and clips are here
+        for name in ("tar", "index.safetensors"):
+            server.files[f"/films-0.{name}"] = server.files.get(f"/films-1.{name}", b"")
+        server.files = {name: data for name, data in server.files.items() if data}
+        server.headers = {"ETag": '"another"'}
+        replaced = stream(mixed, sources=sources, remote_cache=tmp_path / "cache").clips
+        assert (
+            replaced.record(0).key == "film020" and len(replaced) == 17 + 17 + 11
+        )  # the index that was kept is another version's
 
 
 def test_every_rank_of_a_step_has_the_same_bucket_and_as_many_micro_batches(mixed: Path) -> None:
