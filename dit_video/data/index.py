@@ -239,6 +239,8 @@ def load(path: ShardFile) -> ShardIndex:
         columns: dict[str, Any] = from_safetensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"]["about"])
+        if about["version"] != INDEX_VERSION:
+            raise ValueError(f"its version is {about['version']}, this program's {INDEX_VERSION}")
         missing = [name for name in (*COLUMNS, "key_bytes", "key_ends") if name not in columns]
         if missing:
             raise KeyError(missing[0])
@@ -249,8 +251,8 @@ def load(path: ShardFile) -> ShardIndex:
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise BadDataError(f"{path}: is no index that can be read ({error}); delete it, and it is built anew") from error
     index = ShardIndex(keys=keys, extensions=extensions, shard_bytes=shard_bytes, looked=looked, **columns)
-    if about.get("version") != INDEX_VERSION or not _fits(index):
-        raise BadDataError(f"{path}: is an index of another version, or damaged; delete it, and it is built anew")
+    if not _fits(index):
+        raise BadDataError(f"{path}: is a damaged index; delete it, and it is built anew")
     return index
 
 

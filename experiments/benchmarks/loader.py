@@ -31,7 +31,7 @@ from dit_video.data.loader import ClipLoader
 from dit_video.data.shards import write_shard
 from dit_video.data_tools.check import check_shards
 
-ROUNDS, BATCH = 7, 32
+ROUNDS, BATCH = 11, 32
 SHAPE = {"num_frames": 9, "height": 32, "width": 48, "fps": 8}
 
 

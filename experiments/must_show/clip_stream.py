@@ -347,7 +347,10 @@ def speed() -> None:
     line(6, "clip stream over plain webdataset", found.told("plain webdataset"), found.over("plain webdataset") >= 0.98)
     disk = loader.measure_disk()
     for name, rate in disk.items():
-        line(6, name, f"{rate / 2**20:.0f} MiB/s, {rate / disk['read from the disk']:.2f} of it")
+        share = rate / disk["read from the disk"]
+        line(
+            6, name, f"{rate / 2**20:.0f} MiB/s" + ("" if share == 1 else f", {share:.2f} of reading"), share == 1 or share > 0.7
+        )
 
 
 # --------------------------------------------------------------------------- 7: ten million clips
