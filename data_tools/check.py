@@ -12,9 +12,20 @@ from jaxtyping import Int, UInt8
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+from dit_video.data.audio import decode_all_audio
 from dit_video.data.decode import decode_all
 from dit_video.data.files import ShardFile, expand_shards
-from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips, ShardIndex, build, load, save, write_index
+from dit_video.data.index import (
+    AUDIO_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    Clips,
+    ShardIndex,
+    build,
+    load,
+    save,
+    write_index,
+)
 from dit_video.data.pool import DecodePool, Failure
 from dit_video.data.reader import caption_members, captions_of
 from dit_video.data.shards import BadDataError, ClipRecord, members_of, read_members, sidecar, write_shard
@@ -32,6 +43,7 @@ class CheckClip:
     captions: tuple[str, ...]
     max_caption_chars: int
     frames: bool  # False: frames are not decoded, but the bytes are those that were indexed
+    audio: bool  # sound is decoded too
 
     def __call__(self, record: ClipRecord, out: UInt8[np.ndarray, " bytes"]) -> int:
         found, members = 0, read_members(record, list(record.members))
@@ -40,6 +52,8 @@ class CheckClip:
                 found += decode_all(data) if self.frames else 1
             elif extension in IMAGE_EXTENSIONS:
                 found += len(read_image(data, 1, 1)) if self.frames else 1
+            if self.audio and extension in (*VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS):
+                decode_all_audio(data)
         if not found:
             raise ValueError(f"no video or image among {sorted(record.members)}")
         caption_members(record, self.captions, self.max_caption_chars)
@@ -52,6 +66,7 @@ def check_shards(
     captions: Sequence[str] = ("txt",),
     max_caption_chars: int = 2000,
     frames: bool = True,
+    audio: bool = False,
     repair: str | None = None,
     workers: int | None = None,
     timeout_seconds: float = 60.0,
@@ -80,7 +95,7 @@ def check_shards(
     fetched = clips.columns()["fetched"]
     bad: dict[int, str] = {}
     for number, outcome in _checked(
-        clips, np.flatnonzero(fetched), CheckClip(tuple(captions), max_caption_chars, frames), workers, timeout_seconds
+        clips, np.flatnonzero(fetched), CheckClip(tuple(captions), max_caption_chars, frames, audio), workers, timeout_seconds
     ):
         if isinstance(outcome, Failure):
             bad[number] = outcome.reason
@@ -164,14 +179,14 @@ def _check_folder(out: Path, paths: Sequence[ShardFile]) -> None:
         raise ValueError(f"{twice[0]} is the name of several shards, which would be one in {out}; check one folder at a time")
 
 
-def index_shards(shards: str | Sequence[str], anew: bool = False) -> None:
+def write_indices(shards: str | Sequence[str], anew: bool = False) -> None:
     """Writes the index of every shard without one that has checksums; BadDataError where a shard is damaged, the others being indexed."""
     console, damaged = Console(soft_wrap=True), 0
     paths = expand_shards(shards)
     for path in paths:
         if not isinstance(path, Path):
             raise ValueError(f"{path}: an index is written beside a local shard; index it before it is uploaded, and upload both")
-        if not anew and sidecar(path).exists() and load(sidecar(path)).checked:
+        if not anew and _has_checksums(path):
             console.print(f"{path}: has an index", markup=False)
             continue
         try:
@@ -190,3 +205,10 @@ def index_shards(shards: str | Sequence[str], anew: bool = False) -> None:
         raise BadDataError(
             f"{damaged} of {len(paths)} shards are damaged and have no index; see `dit-video data check`, repair=FOLDER"
         )
+
+
+def _has_checksums(shard: Path) -> bool:
+    try:
+        return sidecar(shard).exists() and load(sidecar(shard)).checked
+    except BadDataError:  # a damaged index, or another version's
+        return False

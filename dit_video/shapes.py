@@ -144,6 +144,7 @@ class Batch:
     fps: float
     weights: Float[Tensor, " b"] = field(default=None)  # type: ignore[assignment]  # 0 for a filler, 1 for a clip
     parts: list[int] = field(default_factory=list)  # clips of each micro-batch, in order; none said: all are one
+    step_clips: int = 0  # clips of the whole step, of which other ranks may have some; 0: those that are here
     starts: Float[Tensor, " b"] = field(default=None)  # type: ignore[assignment]  # seconds into the source
     audio: Float[Tensor, "b channels samples"] | None = None  # what is heard from the first frame on, where it was asked for
     audio_rate: int = 0  # samples a second
@@ -155,6 +156,7 @@ class Batch:
         if self.starts is None:
             self.starts = torch.zeros(len(self.captions))
         self.parts = self.parts or [len(self.captions)]
+        self.step_clips = self.step_clips or len(self.captions)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device."""
@@ -170,7 +172,8 @@ class Batch:
             cut = slice(start, end)
             yield Batch(
                 self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut], self.fps, self.weights[cut],
-                starts=self.starts[cut], audio=None if self.audio is None else self.audio[cut], audio_rate=self.audio_rate,
+                step_clips=self.step_clips, starts=self.starts[cut],
+                audio=None if self.audio is None else self.audio[cut], audio_rate=self.audio_rate,
                 has_audio=None if self.has_audio is None else self.has_audio[cut],
             )  # fmt: skip
 

@@ -1,10 +1,10 @@
 """dit-video train: one run, from its config to its folder (see dit_video/runs.py for what lies in it)."""
 
-import itertools
+import json
 import logging
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 WORDS_OF_A_CAPTION = 16  # where the cost of a step is worked out; what counts is the clips' tokens
 ALL_AT_ONCE = {"sources": None, "micro_batches": 1}  # of held-out clips
 BESIDE_TRAINING = {
+    "accept_changed_data",
     "trust", "logger", "runs", "every", "eval", "sampler", "sample_prompts", "keep_checkpoints", "profile", "validation",
     "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path", "data.timeout_seconds", "data.worker_bytes",
     "data.remote_cache", "data.remote_cache_bytes",
@@ -59,8 +60,7 @@ def main(config: DictConfig) -> None:
     resume = find_run(folder, config)
     meta = checkpoint.load(resume, names=["ema"]).meta if resume else {"steps": 0, "clips": 0}
     spent.add(meta.get("wall_seconds", 0.0), meta.get("core_seconds", 0.0))
-    num_steps = max(-(-(config.max_clips - meta["clips"]) // config.data.batch_size), 0)
-    if not num_steps:
+    if meta["clips"] >= config.max_clips:
         log.info("%s is already trained on %d clips; raise max_clips, or choose another name", folder, meta["clips"])
         if not (folder / "summary.json").is_file():  # it was cut off between its last checkpoint and its end
             write_json(folder / "summary.json", summary(config, meta, spent))
@@ -69,23 +69,33 @@ def main(config: DictConfig) -> None:
     loader: ClipLoader = make(
         config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config), tokens=tokens_of(config)
     )
+    if resume and not config.accept_changed_data:
+        check_data(folder / "data.json", loader)
     module = make_module(config, resume)
     callbacks = make_callbacks(config, folder, module, resume, spent)
     open_run(folder, config, resume)
     loader.report.log()
-    loader.report.write(folder / "data.json")
+    loader.write_report(folder / "data.json")
     loggers: list[Logger] = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
     loggers += [make(config.logger, folder=folder)] if config.logger else []
     for logger in loggers:
         logger.log_hyperparams(plain(config))
     hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
     log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(config), config.max_clips, loader.num_clips)
-    fit(module, itertools.islice(loader.batches(meta["steps"]), num_steps), callbacks, loggers, hardware, **options)
+    fit(module, until(config.max_clips, loader.batches(meta["steps"]), meta["clips"]), callbacks, loggers, hardware, **options)
     for logger in loggers:
         logger.finalize("success")
     write_json(folder / "summary.json", summary(config, {"steps": module.steps, "clips": module.clips}, spent))
     log.info("%s: %d clips in %.0f s (%.0f core-seconds)", folder, module.clips, spent.wall_seconds, spent.core_seconds)
     write_report(folder)
+
+
+def until(max_clips: int, batches: Iterator[Batch], clips: int) -> Iterator[Batch]:
+    """The batches that are left of a run of max_clips clips; steps of different buckets hold different numbers of them."""
+    while clips < max_clips:
+        batch = next(batches)
+        clips += batch.step_clips
+        yield batch
 
 
 def check(config: DictConfig) -> None:
@@ -131,6 +141,23 @@ def find_run(folder: Path, config: DictConfig) -> Path | None:
     elif folder.is_dir() and any(folder.iterdir()) and not stored.is_file():
         raise ValueError(f"{folder} holds files, but no config.yaml that says of which run; set name or runs")
     return resume
+
+
+def check_data(before: Path, loader: ClipLoader) -> None:
+    """ValueError where a run would go on with other clips than those it was begun with, saying what differs."""
+    then = json.loads(before.read_text()) if before.is_file() else {}
+    if then.get("fingerprint") in (None, loader.fingerprint):
+        return
+    here = loader.report.about()
+    counted = [sum(sum(bucket["clips"].values()) for bucket in about["buckets"]) for about in (then, here)]
+    left_out = [{why: count for why, count in about["refused"].items() if count} for about in (then, here)]
+    differs = [f"{counted[0]} clips then, {counted[1]} now"] if counted[0] != counted[1] else []
+    differs += [f"left out then {left_out[0] or 'none'}, now {left_out[1] or 'none'}"] if left_out[0] != left_out[1] else []
+    raise ValueError(
+        f"{before.parent} was begun on other data, and would not go on with the same next clip "
+        f"({'; '.join(differs) or 'as many clips, but others or in another order'}); bring the data back, choose another name, or set "
+        "accept_changed_data=true"
+    )
 
 
 def open_run(folder: Path, config: DictConfig, resume: Path | None) -> None:

@@ -1,5 +1,6 @@
 """The training program: a small run of the world from the command line, cut off, spoiled, repeated and continued."""
 
+import io
 import json
 import math
 import resource
@@ -11,14 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from small_run import QUIET, SMALL, dit_video, files_of, records, same, tensors, train
 
 from dit_video.build import make_objective
 from dit_video.data.loader import ClipLoader
-from dit_video.data.video_file import read_video
+from dit_video.data.shards import write_shard
+from dit_video.data.video_file import encode_mp4, read_video
 from dit_video.runs import Run
 from dit_video.shapes import Batch
 from dit_video.trainer import checkpoint
@@ -70,6 +74,62 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     assert recorded(run) == recorded(straight)
     assert [line["step"] for line in records(run)] == [3, 6, 9, 12]
     assert json.loads((run / "summary.json").read_text())["steps"] == 12
+
+
+@pytest.fixture(scope="module")
+def mixed_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few films and many pictures."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(0)
+    samples = [
+        {"__key__": f"film{i}", "mp4": encode_mp4(rng.integers(0, 256, (9, 32, 32, 3)).astype(np.uint8), 8), "txt": "a film"}
+        for i in range(8)
+    ]
+    for number in range(60):
+        out = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(out, "PNG")
+        samples.append({"__key__": f"photo{number}", "png": out.getvalue(), "txt": "a picture"})
+    write_shard(folder / "0.tar", samples)
+    return folder
+
+
+BUCKETS = ("data.buckets=[{num_frames: 9}, {num_frames: 1}]", "max_clips=120", "every.save=20", "every.record=1")
+
+
+def test_a_run_over_buckets_has_the_length_and_the_end_that_it_was_given(
+    mixed_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of different buckets hold different numbers of clips; clips are what is counted, cut off or not."""
+    assert train(mixed_shards, tmp_path, "straight", *BUCKETS) == 0
+    summary = json.loads((tmp_path / "straight" / "summary.json").read_text())
+    rates = [line["train/rate"] for line in records(tmp_path / "straight", "train/rate")]
+    largest = max(bucket["clips_per_step"] for bucket in json.loads((tmp_path / "straight" / "data.json").read_text())["buckets"])
+    assert 120 <= summary["clips"] < 120 + largest and min(rates) > 0 and summary["steps"] == len(rates)
+    with monkeypatch.context() as patch:
+        cut_off(patch, len(rates) // 2 + 1, ValueError("the shards are gone"))
+        assert train(mixed_shards, tmp_path, "cut", *BUCKETS) == 1
+    assert train(mixed_shards, tmp_path, "cut", *BUCKETS) == 0
+    assert same(tensors(tmp_path / "cut"), tensors(tmp_path / "straight"))
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["clips"] == summary["clips"]
+
+
+def test_a_run_does_not_go_on_with_other_data_unasked(
+    world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world_shards, tmp_path / "shards")
+    with monkeypatch.context() as patch:
+        cut_off(patch, 8, ValueError("the shards are gone"))
+        assert train(tmp_path / "shards", tmp_path, "run", *LENGTH) == 1
+    for path in (tmp_path / "shards").glob("00001*"):
+        path.unlink()
+    before = files_of(tmp_path / "run")
+    capsys.readouterr()
+    assert train(tmp_path / "shards", tmp_path, "run", *LENGTH) == 1
+    told = capsys.readouterr().err
+    assert "64 clips then, 32 now" in told and "accept_changed_data=true" in told
+    assert files_of(tmp_path / "run") == before
+    assert train(tmp_path / "shards", tmp_path, "run", *LENGTH, "accept_changed_data=true") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 12
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(

@@ -16,7 +16,7 @@ Waveform = Float32[np.ndarray, "channels samples"]
 
 LAYOUTS = {1: "mono", 2: "stereo"}
 EARLIER_SECONDS = 0.2  # a whole number of samples at every usual rate
-"""So much around the clip is decoded too: a lossy codec needs what came before to decode a sample, a resampler what is around it."""
+"""So much around the clip is decoded too: a lossy codec needs what came before a sample, a resampler what is around it."""
 SAME_SECONDS = 0.005
 """Pieces that begin so near to the end of the one before follow it: Matroska tells times in whole milliseconds, which is no gap."""
 MAX_SOURCE_RATE = 2**20
@@ -44,11 +44,14 @@ class AudioFormat:
         return round(seconds * self.rate)
 
 
-def decode_audio(data: bytes, form: AudioFormat, *, start_seconds: float, seconds: float, origin: float = 0.0) -> Waveform | None:
+def decode_audio(
+    data: bytes, form: AudioFormat, *, start_seconds: float, seconds: float, origin: float | None = None
+) -> Waveform | None:
     """The sound from start_seconds on, for `seconds`, as samples in about [-1, 1]; None where the file has no sound at all.
 
-    Sample i is what is heard i / rate after start_seconds. Both count from `origin`, which is a time of the file's own clock: when its
-    first frame is shown. Where the sound begins later, ends earlier, or has a gap, there is silence. AudioError where it does not decode.
+    Sample i is what is heard i / rate after start_seconds. Both count from `origin`, a time of the file's own clock: when its first frame
+    is shown; None: when the sound begins. Where the sound begins later, ends earlier, or has a gap, there is silence. AudioError where
+    it does not decode.
     """
     try:
         with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore") as container:
@@ -57,10 +60,30 @@ def decode_audio(data: bytes, form: AudioFormat, *, start_seconds: float, second
             rate = container.streams.audio[0].rate or 0
             if not 0 < rate <= MAX_SOURCE_RATE:
                 raise AudioError(f"its sound has {rate} samples a second by its header")
-            around = _around(container, rate, form.channels, origin + start_seconds, seconds)
-    except (av.FFmpegError, OverflowError, MemoryError) as error:
+            stream = container.streams.audio[0]
+            begins = float((stream.start_time or 0) * (stream.time_base or 0)) if origin is None else origin
+            around = _around(container, rate, form.channels, begins + start_seconds, seconds)
+    except AudioError:
+        raise
+    except (av.FFmpegError, OverflowError, MemoryError, ValueError) as error:
         raise AudioError(f"its sound does not decode: {error}") from error
     return _resample(around, rate, form, form.num_samples(seconds))
+
+
+def decode_all_audio(data: bytes) -> float:
+    """Decodes all of a file's sound and gives its seconds, 0 where there is none; AudioError where it does not decode."""
+    try:
+        with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore") as container:
+            if not container.streams.audio:
+                return 0.0
+            rate = container.streams.audio[0].rate
+            if not rate:
+                raise AudioError("its sound tells no rate")
+            return sum(samples.shape[1] for _, samples in _decoded(container, rate, 1)) / rate
+    except AudioError:
+        raise
+    except (av.FFmpegError, OverflowError, MemoryError, ValueError) as error:
+        raise AudioError(f"its sound does not decode: {error}") from error
 
 
 def _around(container: InputContainer, rate: int, channels: int, begin: float, seconds: float) -> Waveform:

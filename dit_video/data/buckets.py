@@ -85,17 +85,18 @@ def _earlier(one: Float[np.ndarray, "3 clips"], other: Float[np.ndarray, "3 clip
     return less[0] | (~more[0] & (less[1] | (~more[1] & less[2])))
 
 
-def level(costs: Sequence[float], batch_size: int) -> list[int]:
+def level(costs: Sequence[float], batch_size: int, first: int = 0) -> list[int]:
     """How many clips a step of each bucket holds, so that steps cost alike.
 
-    One bucket holds batch_size. Of several the first holds about so many: up to a fifth more or fewer where that levels the costs.
+    One bucket holds batch_size. Of several the first (the number of one that has clips) holds about so many: up to a fifth more or fewer
+    where that levels the costs.
     ValueError where a cost is not positive.
     """
     if not all(cost > 0 for cost in costs):
         raise ValueError(f"every bucket's clips must cost something, got {list(costs)}")
     if len(costs) == 1:
         return [batch_size]
-    relative = np.array(costs, np.float64) / costs[0]
+    relative = np.array(costs, np.float64) / costs[first]
     targets = batch_size * np.linspace(0.8, 1.2, 401)  # in clips of the first bucket
     counts = np.maximum(1, np.rint(targets[:, None] / relative))
     spent = counts * relative

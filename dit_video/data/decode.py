@@ -23,6 +23,9 @@ from dit_video.data.video_file import Video, centre_crop, cover_size
 Decoder = Literal["decord", "pyav", "torchcodec"]
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 
+DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "libaom-av1")
+"""Of MPEG-2 and MPEG-4 part 2 it gives frames that are one or two beside those that were asked for."""
+SEEKABLE = {"mp4", "matroska"}  # and what FFmpeg counts with them: mov and webm
 MAX_SOURCE_PIXELS = 2**26
 """Height times width of a source frame; more is taken for a broken header."""
 
@@ -46,6 +49,9 @@ class VideoInfo:
     origin: float  # when the first frame is shown, in seconds of the file's own clock
     times: Float[np.ndarray, " frames"]  # when each frame begins, in seconds after that
     timestamps: Int[np.ndarray, " frames"]  # the same in units of the stream
+    numbered: bool  # frames are known by their number alone: the file tells when each is decoded, not when it is shown (AVI)
+    seekable: bool  # the container tells where each frame is; in others decoders begin somewhere near it
+    codec: str
 
 
 @cache
@@ -81,10 +87,11 @@ def _probe(container: InputContainer) -> VideoInfo:
         raise DecodeError(
             f"it lasts {seconds:.0f} s by its header, and {MAX_SOURCE_SECONDS:.0f} s is the most that is looked into"
         )
-    shown = []
+    shown, numbered = [], container.format.name == "avi"
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DecodeError("it is cut off or damaged: a packet in it is not whole")
+        numbered |= packet.pts is None and packet.size > 0
         timestamp = packet.pts if packet.pts is not None else packet.dts
         if packet.size and timestamp is not None and not packet.is_discard:
             shown.append((timestamp, packet.duration or 0))
@@ -103,7 +110,9 @@ def _probe(container: InputContainer) -> VideoInfo:
     tick = float(stream.time_base)
     elapsed = timestamps - timestamps[0]
     seconds = float(elapsed[-1] + last) * tick
-    return VideoInfo(height, width, turns, seconds, float(timestamps[0]) * tick, elapsed * tick, timestamps)
+    origin, codec = float(timestamps[0]) * tick, stream.codec_context.name
+    seekable = bool(set(container.format.name.split(",")) & SEEKABLE) and not numbered
+    return VideoInfo(height, width, turns, seconds, origin, elapsed * tick, timestamps, numbered, seekable, codec)
 
 
 def _check_size(height: int, width: int) -> None:
@@ -126,26 +135,37 @@ def choose_frames(times: Float[np.ndarray, " frames"], targets: Float[np.ndarray
 
 
 def _fetch_pyav(
-    container: InputContainer, info: VideoInfo, indices: Int[np.ndarray, " frames"], height: int, width: int
+    data: bytes, container: InputContainer, info: VideoInfo, indices: Int[np.ndarray, " frames"], height: int, width: int
 ) -> Video:
-    stream = container.streams.video[0]
-    wanted = {int(info.timestamps[index]) for index in indices}
-    last, found, reformatter = max(wanted), {}, VideoReformatter()
     if info.rotation % 2:
         height, width = width, height
-    container.seek(min(wanted), stream=stream)
-    for frame in container.decode(stream):
-        timestamp = frame.pts if frame.pts is not None else frame.dts
-        if timestamp in wanted and not frame.is_corrupt:
-            small = reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
-            found[timestamp] = small.to_ndarray()
-        if timestamp is not None and timestamp >= last:
-            break
+    wanted = {int(info.timestamps[index]) for index in indices}
+    if info.seekable:
+        container.seek(min(wanted), stream=container.streams.video[0])
+        found = _pictures(container, info, wanted, height, width)
+    else:
+        with _open(data) as fresh:
+            found = _pictures(fresh, info, wanted, height, width)
     missing = wanted - found.keys()
     if missing:
         raise DecodeError(f"{len(missing)} of its frames do not decode, the first at timestamp {min(missing)}")
     video = np.stack([found[int(info.timestamps[index])] for index in indices])
     return np.rot90(video, info.rotation, axes=(1, 2))
+
+
+def _pictures(container: InputContainer, info: VideoInfo, wanted: set[int], height: int, width: int) -> dict[int, np.ndarray]:
+    """The wanted frames by timestamp, as far as they decode, from where the container stands."""
+    stream, found, reformatter = container.streams.video[0], {}, VideoReformatter()
+    for number, frame in enumerate(container.decode(stream)):
+        timestamp = frame.pts if frame.pts is not None else frame.dts
+        if info.numbered:  # the n-th picture that comes out is the n-th that is shown
+            timestamp = int(info.timestamps[number]) if number < len(info.timestamps) else None
+        if timestamp in wanted and not frame.is_corrupt:
+            small = reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
+            found[timestamp] = small.to_ndarray()
+        if timestamp is not None and timestamp >= max(wanted):
+            break
+    return found
 
 
 def _fetch_decord(data: bytes, info: VideoInfo, indices: Int[np.ndarray, " frames"], height: int, width: int) -> Video | None:
@@ -176,8 +196,10 @@ def _fetch_torchcodec(data: bytes, info: VideoInfo, indices: Int[np.ndarray, " f
 def _fetch(
     data: bytes, info: VideoInfo, indices: Int[np.ndarray, " frames"], size: tuple[int, int], decoder: Decoder
 ) -> Video | None:
-    """Frames by a decoder other than PyAV; None where it is not here, or gives up."""
-    if decoder == "decord" and has_decord():
+    """Frames by a decoder other than PyAV; None where it is not here, gives up, or would count frames otherwise than they are shown."""
+    if not info.seekable:
+        return None
+    if decoder == "decord" and has_decord() and info.codec in DECORD_CODECS:
         return _fetch_decord(data, info, indices, *size)
     return _fetch_torchcodec(data, info, indices, *size) if decoder == "torchcodec" else None
 
@@ -206,8 +228,8 @@ def decode_clip(
     Pixels are resized in the decoder to cover height x width with their aspect kept, and cut at the centre. start_seconds may be
     a function that receives the latest possible start and returns the start. A source slower than fps repeats frames. The last
     frame may stand for up to half a frame of time missing at the end. DecodeError where the bytes are no video, do not decode, or
-    are too short. Without resizing all decoders give the same pixels; PyAV also notices a damaged frame, where decord shows
-    what it can. Where decord is not installed, and where it or torchcodec gives up, PyAV takes its place.
+    are too short. Of H.264 of 8 bits, without resizing, all decoders give the same pixels; PyAV also notices a damaged frame, where
+    decord shows what it can. Where decord is not installed, and where it or torchcodec gives up, PyAV takes its place.
     """
     try:
         with _open(data) as container:
@@ -221,9 +243,10 @@ def decode_clip(
                 )
             indices = choose_frames(info.times, start + np.arange(num_frames) / fps)
             size = cover_size(info.height, info.width, height, width)
+            _check_size(*size)
             video = _fetch(data, info, indices, size, decoder)
             if video is None:
-                video = _fetch_pyav(container, info, indices, *size)
+                video = _fetch_pyav(data, container, info, indices, *size)
     except (av.FFmpegError, OverflowError, MemoryError) as error:
         raise DecodeError(f"not a video that can be read: {error}") from error
     return DecodedClip(np.ascontiguousarray(centre_crop(video, height, width)), start, info.origin)
@@ -234,7 +257,7 @@ def decode_all(data: bytes) -> int:
     try:
         with _open(data) as container:
             info = _probe(container)
-            container.seek(int(info.timestamps[0]), stream=container.streams.video[0])
+        with _open(data) as container:  # from its beginning, to which not every container can seek
             frames = sum(not frame.is_corrupt for frame in container.decode(container.streams.video[0]))
     except (av.FFmpegError, OverflowError, MemoryError) as error:
         raise DecodeError(f"not a video that can be read: {error}") from error

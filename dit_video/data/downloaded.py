@@ -8,12 +8,16 @@ import io
 import json
 import logging
 from collections.abc import Mapping
+from itertools import islice
 
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import ShardFile, exists, read_ranges, size_of
 from dit_video.data.shards import MAX_JSON_BYTES, Member
 
 SUCCESS = "success"
+THEIRS = {"key", "status", "error_message"}
+"""Both tools write these; a status beside anything else is somebody's own word."""
+LOOKED_INTO = 3
 MAX_TABLE_BYTES = 2**28
 
 log = logging.getLogger(__name__)
@@ -22,10 +26,10 @@ log = logging.getLogger(__name__)
 def not_fetched(shard: ShardFile, samples: Mapping[str, Mapping[str, Member]]) -> tuple[set[str], list[str]]:
     """The samples of a shard whose status is not success, and what is wrong with the shard by the table beside it.
 
-    A shard that tells no status has none that was not fetched: one look into its first json finds that out.
+    A shard that tells no status has none that was not fetched: a look into its first json members finds that out.
     """
-    first = next((members for members in samples.values() if "json" in members), {})
-    tells = _status(shard, first) is not None
+    with_json = (members for members in samples.values() if "json" in members)
+    tells = any(_status(shard, members) is not None for members in islice(with_json, LOOKED_INTO))
     table = shard.with_name(shard.name.removesuffix(".tar") + ".parquet")
     # a remote table is a request more, and is asked for only where the samples look like these tools'
     statuses = _statuses_in(table) if (tells or not hasattr(table, "store")) and exists(table) else {}
@@ -39,15 +43,16 @@ def not_fetched(shard: ShardFile, samples: Mapping[str, Mapping[str, Member]]) -
 
 
 def _status(shard: ShardFile, members: Mapping[str, Member]) -> str | None:
-    """What the json of a sample says; None where it says nothing."""
+    """What the json of a sample says; None where it says nothing, or is not one of these tools'."""
     if "json" not in members or members["json"].size > MAX_JSON_BYTES:
         return None
     try:
         about = json.loads(read_ranges(shard, [(members["json"].offset, members["json"].size)])[0])
     except (ValueError, RecursionError):
         return None
-    status = about.get("status") if isinstance(about, dict) else None
-    return status if isinstance(status, str) else None
+    if not isinstance(about, dict) or not THEIRS <= about.keys() or not isinstance(about["status"], str):
+        return None
+    return about["status"]
 
 
 def _statuses_in(table: ShardFile) -> dict[str, str]:
@@ -62,7 +67,7 @@ def _statuses_in(table: ShardFile) -> dict[str, str]:
         if size > MAX_TABLE_BYTES:
             return {}
         file = parquet.ParquetFile(io.BytesIO(read_ranges(table, [(0, size)])[0]))
-        if not {"key", "status"} <= set(file.schema_arrow.names):
+        if not THEIRS <= set(file.schema_arrow.names):
             return {}
         columns = file.read(["key", "status"]).to_pydict()
     except (OSError, ValueError, BadDataError) as error:  # pyarrow's errors are ValueErrors and OSErrors

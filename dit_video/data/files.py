@@ -1,6 +1,7 @@
 """A shard as a file, wherever it lies: a path of this machine, or an address that a store reads by ranges."""
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,10 @@ def size_of(file: ShardFile) -> int:
 
 def version_of(file: ShardFile) -> str:
     """What changes when the file does; errors as open_file's."""
-    return str(file.stat().st_mtime_ns) if isinstance(file, Path) else file.store.version(file.address)
+    if isinstance(file, Path):
+        stat = file.stat()
+        return f"{stat.st_mtime_ns} {stat.st_size}"
+    return file.store.version(file.address)
 
 
 def exists(file: ShardFile) -> bool:
@@ -106,6 +110,15 @@ def exists(file: ShardFile) -> bool:
 
 
 def expand_shards(urls: str | Sequence[str], store: Store | None = None) -> list[ShardFile]:
-    """The tar files that addresses with braces and wildcards stand for, each once, in the order given; errors as `sources.expand`."""
+    """The tar files that addresses with braces and wildcards stand for, each once, in the order given; errors as `sources.expand`.
+
+    A local file is one, however many names and links lead to it; the first of them is kept.
+    """
     store = store or Store()
-    return [RemoteFile(address, store) if scheme_of(address) else Path(address) for address in expand(urls, store)]
+    found: dict[str, ShardFile] = {}
+    for address in expand(urls, store):
+        remote = bool(scheme_of(address))
+        found.setdefault(
+            address if remote else os.path.realpath(address), RemoteFile(address, store) if remote else Path(address)
+        )
+    return list(found.values())

@@ -20,7 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -28,14 +27,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
+from dit_video.data.decode import DecodeError, probe
 from dit_video.data.downloaded import not_fetched
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import ShardFile, exists, open_file, read_ranges, size_of, version_of
 from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, members_of, sidecar
 
 INDEX_VERSION = "2"
-VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "aac")  # beside a video, in place of its own sound
 SHAPE_KEYS = ("num_frames", "height", "width", "fps")  # of a sample's json, believed where all are there
 NO_CHECKSUM = -1
@@ -63,6 +63,7 @@ class ShardIndex:
     member_size: np.ndarray  # int64
     member_checksum: np.ndarray  # int64, NO_CHECKSUM where it was never taken
     shard_bytes: int = 0
+    shard_version: str = ""  # what files.version_of said of the shard; another machine's copy has another
     looked: bool = False  # whether shapes were looked for; where they are 0 all the same they cannot be read
     problems: list[str] = field(default_factory=list)  # what the headers could not tell; not stored
 
@@ -132,7 +133,8 @@ def table(
     extensions = sorted({extension for members in samples.values() for extension in members})
     if len(extensions) > 256:
         raise BadDataError(
-            f"{shard}: its members have {len(extensions)} different extensions, 256 at the most; change data.shards"
+            f"{shard}: its members have {len(extensions)} different extensions, 256 at the most (a key ends at the first dot of "
+            f"a name: {extensions[0]!r} is one); change the names, or data.shards"
         )
     shapes = np.array([shape_of(shard, members) if look else (0, 0, 0, 0.0) for members in samples.values()], np.float64)
     shapes = shapes.reshape(-1, 4)
@@ -152,6 +154,7 @@ def table(
         member_size=np.array([member.size for _, member in rows], np.int64),
         member_checksum=np.array([NO_CHECKSUM if m.checksum is None else m.checksum for _, m in rows], np.int64),
         shard_bytes=size_of(shard),
+        shard_version=version_of(shard),
         looked=look,
         problems=problems,
     )
@@ -194,24 +197,12 @@ def _image_shape(data: bytes) -> tuple[int, int, int, float]:
 
 
 def _video_shape(data: bytes) -> tuple[int, int, int, float]:
+    """As the decoder will see it: turned upright, and with the frames a second that its frames' own times make."""
     try:
-        with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore") as container:
-            stream = container.streams.video[0]
-            frames = stream.frames or len([packet for packet in container.demux(stream) if packet.size])
-            rate = stream.average_rate or stream.guessed_rate
-            turned = abs(_rotation(stream)) % 180 == 90
-            height, width = (stream.width, stream.height) if turned else (stream.height, stream.width)
-            return frames, height, width, float(rate) if rate else 0.0
-    except (av.FFmpegError, IndexError, ValueError, OverflowError, MemoryError):
+        info = probe(data)
+    except DecodeError:
         return 0, 0, 0, 0.0
-
-
-def _rotation(stream: av.VideoStream) -> int:
-    """Degrees that a stream's header turns its pictures by, which PyAV tells of frames alone."""
-    try:
-        return int(float(stream.metadata.get("rotate", 0)))
-    except ValueError:
-        return 0
+    return len(info.times), info.height, info.width, len(info.times) / info.seconds if info.seconds > 0 else 0.0
 
 
 def save(index: ShardIndex, path: Path) -> None:
@@ -221,7 +212,9 @@ def save(index: ShardIndex, path: Path) -> None:
     columns: dict[str, np.ndarray] = {name: np.ascontiguousarray(getattr(index, name), kind) for name, kind in COLUMNS.items()}
     columns["key_bytes"] = np.frombuffer(b"".join(keys), np.uint8)
     columns["key_ends"] = np.cumsum([len(key) for key in keys], dtype=np.int64)
-    about = {"version": INDEX_VERSION, "extensions": index.extensions, "shard_bytes": index.shard_bytes, "looked": index.looked}
+    about = {"version": INDEX_VERSION, "extensions": index.extensions, "looked": index.looked}
+    # checksums tell more than times do, and the same shard shall have the same index wherever and whenever it was written
+    about |= {"shard_bytes": index.shard_bytes, "shard_version": "" if index.checked else index.shard_version}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         # one entry, as safetensors writes several in a random order, and the same shard shall have the same index
@@ -244,13 +237,14 @@ def load(path: ShardFile) -> ShardIndex:
         missing = [name for name in (*COLUMNS, "key_bytes", "key_ends") if name not in columns]
         if missing:
             raise KeyError(missing[0])
-        extensions, shard_bytes, looked = list(about["extensions"]), int(about["shard_bytes"]), about["looked"] is True
+        extensions, looked = list(about["extensions"]), about["looked"] is True
+        size, version = int(about["shard_bytes"]), str(about["shard_version"])
         raw, ends = columns.pop("key_bytes").tobytes(), columns.pop("key_ends")
         starts = [0, *ends[:-1].tolist()]
         keys = [raw[start:end].decode() for start, end in zip(starts, ends.tolist(), strict=True)] if len(ends) else []
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise BadDataError(f"{path}: is no index that can be read ({error}); delete it, and it is built anew") from error
-    index = ShardIndex(keys=keys, extensions=extensions, shard_bytes=shard_bytes, looked=looked, **columns)
+    index = ShardIndex(keys=keys, extensions=extensions, shard_bytes=size, shard_version=version, looked=looked, **columns)
     if not _fits(index):
         raise BadDataError(f"{path}: is a damaged index; delete it, and it is built anew")
     return index
@@ -282,9 +276,8 @@ def index_of(shard: ShardFile, look: bool = False) -> ShardIndex:
     path, own = find_index(shard), kept_at(shard)
     if path is not None:
         index, size = load(path), size_of(shard)
-        changed = size != index.shard_bytes
-        if index.checked or not (changed or _is_newer(shard, path)):
-            if changed:
+        if index.checked or index.shard_version == version_of(shard):
+            if size != index.shard_bytes:
                 was = f"has {size} bytes, {index.shard_bytes} when indexed"
                 index.problems.append(f"{was}; if it was written anew, delete {path.name}")
             if index.looked or not look:
@@ -297,11 +290,6 @@ def index_of(shard: ShardFile, look: bool = False) -> ShardIndex:
         return _keep(build(shard, look=look), own)
     except BadDataError as error:
         return table(shard, {}, [str(error)], look=False)
-
-
-def _is_newer(shard: ShardFile, path: ShardFile) -> bool:
-    """Whether a local shard was written after its index."""
-    return isinstance(shard, Path) and isinstance(path, Path) and shard.stat().st_mtime_ns > path.stat().st_mtime_ns
 
 
 def find_index(shard: ShardFile) -> ShardFile | None:
@@ -322,6 +310,17 @@ def kept_at(shard: ShardFile) -> Path | None:
     return shard.store.cache.folder / f"{name}.index.safetensors"
 
 
+def _is_kept(shard: ShardFile) -> bool:
+    """Whether the index of a shard is here, or will be once it is built."""
+    path = kept_at(shard)
+    return path is not None and (path.exists() or not isinstance(shard, Path) or _can_write(path.parent))
+
+
+@lru_cache(maxsize=1024)
+def _can_write(folder: Path) -> bool:
+    return os.access(folder, os.W_OK)
+
+
 def _keep(index: ShardIndex, path: Path | None) -> ShardIndex:
     try:
         if not index.problems and path is not None:  # a damaged shard's index would pass for a whole one's
@@ -337,8 +336,8 @@ class Clips:
 
     def __init__(self, shards: Sequence[ShardFile], look: bool = False, kept: int = 512) -> None:
         self.shards = list(shards)
-        # what is not on this machine is not asked for again
-        bound = None if any(kept_at(shard) is None for shard in self.shards) else kept
+        # what cannot be kept on this machine's disk is not asked for, or built, again
+        bound = None if any(not _is_kept(shard) for shard in self.shards) else kept
         self._index = lru_cache(maxsize=bound)(lambda number: index_of(self.shards[number], look))
         self._learned: dict[int, ShardIndex] = {}
         self._unsaved = 0
@@ -365,7 +364,8 @@ class Clips:
         """Where sample `number` lies."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         index, row = self._index(shard), number - int(self.starts[shard])
-        return ClipRecord(self.shards[shard], index.keys[row], index.members(row))
+        version = "" if index.checked else index.shard_version
+        return ClipRecord(self.shards[shard], index.keys[row], index.members(row), version)
 
     def learn(self, number: int, checksums: Mapping[str, int]) -> None:
         """Takes note of checksums that were taken when members of sample `number` were read for the first time."""
@@ -382,13 +382,20 @@ class Clips:
             self.save_learned()
 
     def save_learned(self) -> None:
-        """Writes the indices that have learned something, where they can be written."""
-        for shard, index in self._learned.items():
-            path = kept_at(self.shards[shard])
+        """Adds what was learned to the indices that are kept; one that another process has made since, or of another shard, stays."""
+        for number, index in self._learned.items():
+            shard = self.shards[number]
+            path = kept_at(shard)
             try:
-                if path is not None and path.exists():  # a damaged shard has none
-                    save(index, path)
-            except OSError as error:
+                if path is None or not path.exists() or version_of(shard) != index.shard_version:  # a damaged shard has none
+                    continue
+                there = load(path)
+                if there.keys != index.keys or not np.array_equal(there.member_offset, index.member_offset):
+                    continue
+                unknown = there.member_checksum == NO_CHECKSUM
+                there.member_checksum = np.where(unknown, index.member_checksum, there.member_checksum)
+                save(there, path)
+            except (OSError, BadDataError) as error:
                 log.info("%s is not written: %s", path, error)
         self._learned.clear()
         self._unsaved = 0
@@ -410,7 +417,7 @@ class Clips:
         return {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def index_shards(shards: Sequence[ShardFile]) -> list[ClipRecord]:
+def records_of(shards: Sequence[ShardFile]) -> list[ClipRecord]:
     """Every sample of a few shards, in order; BadDataError where there is none."""
     clips = Clips(shards)
     return [clips.record(number) for number in range(len(clips))]

@@ -1,10 +1,12 @@
 """Captioned clips from shards as batches: order from the plan, bytes by offset, frames from the decoders, bad clips on record."""
 
+import hashlib
 import itertools
+import json
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 AHEAD_BYTES = 2**28
 """Decoded clips that wait for their step, at the most; and no more than AHEAD_CLIPS for every worker."""
 AHEAD_CLIPS = 8
+FILLER = "filler"  # the key of a micro-batch without a clip
 
 
 @dataclass
@@ -44,6 +47,16 @@ class _Entry:
     cached: "_Cached | None"
 
 
+@dataclass
+class _Planned:
+    """A rank's part of a step."""
+
+    step: Step
+    parts: list[range]
+    entries: list[_Entry]
+    idle: bool = False  # a job was asked for that reads nothing
+
+
 @dataclass(frozen=True)
 class _Cached:
     """A clip that is the same at every visit."""
@@ -52,6 +65,13 @@ class _Cached:
     captions: dict[str, str]
     audio: torch.Tensor | None = None
     has_audio: bool = False
+
+
+def _check_keys(given: Mapping[str, Any], known: Collection[str], name: str) -> None:
+    """ValueError for a key that says nothing."""
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has no {unknown[0]}; it has {', '.join(known)}")
 
 
 class ClipLoader:
@@ -108,13 +128,16 @@ class ClipLoader:
             raise ValueError(f"max_clips must be positive or null, got {max_clips}; set data.max_clips")
         if seed < 0:
             raise ValueError(f"a seed is 0 or more, got {seed}; set data.seed")
-        self.fields = dict(captions or {caption_ext: 1.0})
-        if not all(weight >= 0 for weight in self.fields.values()) or not sum(self.fields.values()) > 0:
-            raise ValueError(
-                f"captions are fields with weights of 0 or more, some above it, got {self.fields}; set data.captions"
-            )
+        fields = dict(captions or {caption_ext: 1.0})
+        if not all(weight >= 0 for weight in fields.values()) or not sum(fields.values()) > 0:
+            raise ValueError(f"captions are fields with weights of 0 or more, some above it, got {fields}; set data.captions")
+        self.fields = {name: weight for name, weight in fields.items() if weight}
         default = {"num_frames": num_frames, "height": height, "width": width, "fps": float(fps)}
+        for bucket in buckets or []:
+            _check_keys(bucket, default, "data.buckets")
         self.shapes = [ClipShape(**default | dict(bucket)) for bucket in buckets or [{}]]
+        if len({*self.shapes}) < len(self.shapes):
+            raise ValueError(f"two buckets are the same, of {', '.join(map(str, self.shapes))}; set data.buckets")
         self.batch_size, self.micro_batches, self.seed, self.num_workers = batch_size, micro_batches, seed, num_workers
         self.timeout_seconds, self.worker_bytes, self.cache_bytes = timeout_seconds, worker_bytes, cache_bytes
         self.audio = AudioFormat(audio_rate, audio_channels) if audio_rate is not None else None
@@ -122,6 +145,10 @@ class ClipLoader:
         costs = [cost(shape) if cost else float(shape.num_frames * shape.height * shape.width) for shape in self.shapes]
 
         named = sources or {"shards": {"shards": shards, "weight": 1.0}}
+        for name, each in named.items():
+            _check_keys(each, ("shards", "weight"), f"data.sources.{name}")
+            if not each.get("shards"):
+                raise ValueError(f"no shards are named; set data.{f'sources.{name}.' if sources else ''}shards")
         store = Store(remote_cache, remote_cache_bytes, seed=seed)
         paths = {name: expand_shards(source["shards"], store) for name, source in named.items()}
         weights = [float(source.get("weight", 1.0)) for source in named.values()]
@@ -129,9 +156,17 @@ class ClipLoader:
         self._check_members(caption_ext if captions is None else None)
         owner = np.repeat(np.arange(len(paths)), [len(each) for each in paths.values()])
         source = np.repeat(owner, np.diff(self.clips.starts))
-        chosen = self._assign(max_clips)
+        chosen = self._assign()
+        empty = [
+            name for number, name in enumerate(paths) if weights[number] > 0 and not ((chosen >= 0) & (source == number)).any()
+        ]
+        if max_clips is not None:
+            chosen[np.flatnonzero(chosen >= 0)[max_clips:]] = LEFT_OUT
+            weights = [weight * bool(((chosen >= 0) & (source == number)).any()) for number, weight in enumerate(weights)]
+        in_use = [number for number in range(len(self.shapes)) if (chosen == number).any()]
         self.report = DataReport(
-            self.shapes, level(costs, batch_size), costs, [tokens(shape) if tokens else 0 for shape in self.shapes],
+            self.shapes, level(costs, batch_size, in_use[0] if in_use else 0), costs,
+            [tokens(shape) if tokens else 0 for shape in self.shapes],
             [SourceReport(name, weight, len(paths[name])) for name, weight in zip(paths, weights, strict=True)],
             chosen, source, self.clips.problems(),
         )  # fmt: skip
@@ -139,9 +174,10 @@ class ClipLoader:
             raise BadDataError(
                 f"{self.clips.shards[0]}: none of {len(self.clips)} clips is usable ({self.report.refused()}); change data.shards"
             )
-        for number, (name, weight) in enumerate(zip(paths, weights, strict=True)):
-            if weight > 0 and not ((chosen >= 0) & (source == number)).any():
-                raise BadDataError(f"source {name} has a weight and no usable clip; set data.sources.{name}.weight=0, or mend it")
+        if empty:
+            raise BadDataError(
+                f"source {empty[0]} has a weight and no usable clip; set data.sources.{empty[0]}.weight=0, or mend it"
+            )
         records = [
             [np.flatnonzero((chosen == bucket) & (source == number)) for number in range(len(paths))]
             for bucket in range(len(self.shapes))
@@ -153,19 +189,32 @@ class ClipLoader:
 
     @property
     def num_clips(self) -> int:
-        """How many clips one pass over the data has."""
-        return int((self.report.bucket >= 0).sum())
+        """How many clips can come up; those of a source without weight never do."""
+        used = np.array([source.weight > 0 for source in self.report.sources])
+        return int(((self.report.bucket >= 0) & used[self.report.source]).sum())
 
-    def _assign(self, max_clips: int | None) -> np.ndarray:
+    @property
+    def fingerprint(self) -> str:
+        """Changes when another clip would come up in any step: with the clips, their buckets and sources, and the sizes of steps."""
+        digest = hashlib.sha256()
+        for shard, index in self.clips.indices():
+            digest.update(f"{shard.name} {len(index)} ".encode())
+            digest.update("\0".join(index.keys).encode())
+        digest.update(np.stack([self.report.bucket, self.report.source]).astype(np.int32).tobytes())
+        digest.update(repr((self.plan.sizes, self.plan.weights, self.plan.seed, self.shapes)).encode())
+        return digest.hexdigest()[:16]
+
+    def write_report(self, path: Path) -> None:
+        """What the data is, as JSON; a run that goes on compares its fingerprint."""
+        path.write_text(json.dumps(self.report.about() | {"fingerprint": self.fingerprint}, indent=2) + "\n")
+
+    def _assign(self) -> np.ndarray:
         """The bucket of every clip; with one bucket, what the index does not know is left for the decoder to find out."""
         columns = self.clips.columns()
         chosen = assign(self.shapes, columns["frames"], columns["fps"], columns["height"], columns["width"])
         if len(self.shapes) == 1:
             chosen[chosen == NO_SHAPE] = 0
         chosen[~columns["fetched"]] = NOT_FETCHED
-        if max_clips is not None:
-            beyond = np.flatnonzero(chosen >= 0)[max_clips:]
-            chosen[beyond] = LEFT_OUT
         return chosen
 
     def _check_members(self, caption_ext: str | None) -> None:
@@ -177,14 +226,17 @@ class ClipLoader:
             raise BadDataError(problems[0] if problems else f"{where}: a tar without samples; change data.shards")
         wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if any(shape.num_frames == 1 for shape in self.shapes) else ())
         if not set(found) & set(wanted):
-            raise BadDataError(f"{where}: no video in {len(self.clips)} samples, their members are {found}; change data.shards")
+            raise BadDataError(
+                f"{where}: no video in {len(self.clips)} samples, their members are {found[:20]} (the key of a sample ends at the first "
+                "dot of its name); change data.shards"
+            )
         if caption_ext is not None and caption_ext not in found:
             raise BadDataError(f"{where}: no caption .{caption_ext}, the members are {found}; change data.caption_ext")
 
     def batches(self, start_step: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The batches from start_step on, without end; rank r of w gets micro-batches r, r + w, ... of each step.
 
-        ValueError, at once, where there are fewer micro-batches than ranks.
+        ValueError, at once, where micro_batches do not divide over the ranks.
         """
         if not 0 <= rank < world_size or start_step < 0:
             raise ValueError(f"there is no step {start_step} for rank {rank} of {world_size}")
@@ -198,38 +250,44 @@ class ClipLoader:
         """Every clip once: a clip that comes up again in the last steps has weight 0."""
         seen: set[int] = set()
         for number, batch in enumerate(self.batches()):
-            records = self.plan.step(number).records.tolist()
-            new = [record not in seen and records.index(record) == place for place, record in enumerate(records)]
-            batch.weights = batch.weights * torch.tensor(new)
-            seen.update(records)
+            step = self.plan.step(number)
+            for row, (key, slot) in enumerate(zip(batch.keys, batch.slots.tolist(), strict=True)):
+                if key != FILLER:
+                    record = int(step.records[slot - step.first_slot])
+                    batch.weights[row] *= record not in seen
+                    seen.add(record)
             yield batch
             if len(seen) == self.plan.num_clips:
                 return
 
     def _batches(self, start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
-        planned: deque[tuple[Step, list[range], list[_Entry]]] = deque()
+        planned: deque[_Planned] = deque()
         numbers = itertools.count(start_step)
 
-        def plan_next() -> list[_Entry]:
+        def plan_next() -> _Planned:
             step = self.plan.step(next(numbers))
             parts = step.micro_batches(self.micro_batches)[rank::world_size]
             entries = [
                 _Entry(record, step.first_slot + place, step.bucket, self._cache.get((step.bucket, record)))
                 for part in parts for place, record in zip(part, step.records[part.start : part.stop].tolist(), strict=True)
             ]  # fmt: skip
-            planned.append((step, parts, entries))
-            return entries
+            planned.append(_Planned(step, parts, entries))
+            return planned[-1]
 
-        def jobs() -> Iterator[Job]:
+        def jobs() -> Iterator[Job | None]:
             # When all are in the cache no decoder is needed, and asking for one more job would never end.
             while len(self._cache) < self.plan.num_clips:
-                for entry in plan_next():
-                    if entry.cached is None:
-                        yield Job(self.clips.record(entry.record), entry.slot, self.shapes[entry.bucket])
+                here = plan_next()
+                wanted = [entry for entry in here.entries if entry.cached is None]
+                for entry in wanted:
+                    yield Job(self.clips.record(entry.record), entry.slot, self.shapes[entry.bucket])
+                here.idle = not wanted
+                if here.idle:  # without a job the steps that this rank has nothing to read for would all be planned at once
+                    yield None
 
         largest = max(self.reader.num_bytes(shape) for shape in self.shapes)
         ahead = min(AHEAD_CLIPS * self.num_workers, max(AHEAD_BYTES // largest, self.num_workers))
-        pool: DecodePool[Job, Any] = DecodePool(
+        pool: DecodePool[Job | None, Any] = DecodePool(
             self.reader,
             self.num_workers,
             largest,
@@ -249,21 +307,25 @@ class ClipLoader:
                     early += itertools.islice(outcomes, 1)
                 if not planned:
                     plan_next()
-                yield self._gather(*planned.popleft(), next_outcome)
+                here = planned.popleft()
+                if here.idle:
+                    next_outcome()
+                yield self._gather(here, next_outcome)
         finally:
             outcomes.close()
             if not sys.is_finalizing():  # then files can no longer be written
                 self.clips.save_learned()
 
-    def _gather(self, step: Step, parts: list[range], entries: list[_Entry], next_outcome: Callable[[], Any]) -> Batch:
+    def _gather(self, planned: _Planned, next_outcome: Callable[[], Any]) -> Batch:
         """A rank's part of a step; a micro-batch without a clip is one filler of weight 0."""
+        step, parts, entries = planned.step, planned.parts, planned.entries
         shape = self.shapes[step.bucket]
         fillers = sum(not part for part in parts)
         count = len(entries) + fillers
         video = torch.zeros(count, shape.num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
         audio = torch.zeros(count, self.audio.channels, self.reader.num_samples(shape)) if self.audio else None
         has_audio = torch.zeros(count, dtype=torch.bool)
-        captions, keys, weights, starts = [""] * count, ["filler"] * count, torch.zeros(count), torch.zeros(count)
+        captions, keys, weights, starts = [""] * count, [FILLER] * count, torch.zeros(count), torch.zeros(count)
         slots = torch.full((count,), step.first_slot)
         rows = itertools.count()
         places = iter(entries)
@@ -297,7 +359,7 @@ class ClipLoader:
                 if clip is not None:
                     captions[row], weights[row] = self._caption(clip.captions, entry.slot), 1
         sizes = [max(len(part), 1) for part in parts]
-        batch = Batch(video, captions, keys, slots, shape.fps, weights, sizes, starts)
+        batch = Batch(video, captions, keys, slots, shape.fps, weights, sizes, len(step.records), starts)
         return batch if self.audio is None else replace(batch, audio=audio, audio_rate=self.audio.rate, has_audio=has_audio)
 
     def _keep(self, entry: _Entry, clip: _Cached) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,10 @@ class ClipReader:
     def _audio_begins(shape: ClipShape) -> int:
         return -(-shape.num_bytes // 4) * 4  # a float lies at a multiple of its size
 
-    def __call__(self, job: Job, out: UInt8[np.ndarray, " bytes"]) -> ReadClip:
+    def __call__(self, job: Job | None, out: UInt8[np.ndarray, " bytes"]) -> ReadClip | None:
+        """What was read; None for no job, by which a step without anything to read takes its place among the others."""
+        if job is None:
+            return None
         record, shape, fixed = job.record, job.shape, True
         extension = find_member(record, shape.num_frames)
         if extension is None:
@@ -95,11 +98,11 @@ class ClipReader:
             video[:], start, origin = clip.video, clip.start, clip.origin
         has_audio = False
         if waveform is not None:
-            has_audio = self._hear(waveform, members, extension if sound is None else sound, start, 0.0 if sound else origin)
-        checksums = {name: zlib.crc32(members[name]) for name in (extension,) if record.members[name].checksum is None}
+            has_audio = self._hear(waveform, members, extension if sound is None else sound, start, None if sound else origin)
+        checksums = {name: zlib.crc32(data) for name, data in members.items() if record.members[name].checksum is None}
         return ReadClip(captions, fixed, start, has_audio, checksums)
 
-    def _hear(self, out: Waveform, members: Mapping[str, bytes], extension: str, start: float, origin: float) -> bool:
+    def _hear(self, out: Waveform, members: Mapping[str, bytes], extension: str, start: float, origin: float | None) -> bool:
         """Whether there is sound; `out` is silence where there is none."""
         out[:] = 0
         if self.audio is None or not out.size or extension in IMAGE_EXTENSIONS:
@@ -121,7 +124,7 @@ def caption_members(record: ClipRecord, fields: Sequence[str], max_chars: int) -
     """The members that captions of these fields are in; ValueError where there is none, or one is too large to be read."""
     found = {"json" if name.startswith("json.") else name for name in fields} & record.members.keys()
     if not found:
-        raise ValueError(f"no caption: no {' or '.join('.' + name for name in fields)} among {sorted(record.members)}")
+        raise ValueError(_no_caption(fields, record.members))
     for extension in found:
         size = record.members[extension].size
         if extension in fields and size > 4 * max_chars + 16:  # four bytes a character are the most, in UTF-8
@@ -132,38 +135,47 @@ def caption_members(record: ClipRecord, fields: Sequence[str], max_chars: int) -
 
 
 def captions_of(members: Mapping[str, bytes], fields: Sequence[str], max_chars: int) -> dict[str, str]:
-    """The captions in the members of a sample, by field; ValueError where it has none of the fields, or one that cannot be used."""
-    about = _about(members["json"]) if "json" in members and any(name.startswith("json.") for name in fields) else {}
+    """The captions in the members of a sample, by field; ValueError, saying why, where not one of the fields can be used."""
     found: dict[str, str] = {}
+    problems: list[str] = []
     for name in fields:
-        if name.startswith("json."):
-            text = about.get(name.removeprefix("json."))
-            if isinstance(text, str):
+        try:
+            text = _text(members, name)
+            if text is not None:
                 found[name] = check_caption(text, max_chars)
-        elif name in members:
-            try:
-                text = members[name].decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"the caption is not UTF-8: {error.reason} at byte {error.start}") from error
-            found[name] = check_caption(text, max_chars)
+        except ValueError as error:
+            problems.append(str(error))
     if not found:
-        raise ValueError(f"no caption: no {' or '.join('.' + name for name in fields)} among {sorted(members)}")
+        raise ValueError("; ".join(dict.fromkeys(problems)) or _no_caption(fields, members.keys()))
     return found
 
 
-def _about(data: bytes) -> Mapping[str, object]:
+def _no_caption(fields: Sequence[str], extensions: Iterable[str]) -> str:
+    return f"no caption: no {' or '.join('.' + name for name in fields)} among {sorted(extensions)}"
+
+
+def _text(members: Mapping[str, bytes], field: str) -> str | None:
+    """The text of a field, None where there is none; ValueError where it cannot be read."""
+    if not field.startswith("json."):
+        try:
+            return members[field].decode("utf-8-sig") if field in members else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the caption is not UTF-8: {error.reason} at byte {error.start}") from error
     try:
-        about = json.loads(data)
+        about = json.loads(members.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its json cannot be read: {error}") from error
-    return about if isinstance(about, dict) else {}
+    text = about.get(field.removeprefix("json.")) if isinstance(about, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def check_caption(text: str, max_chars: int) -> str:
-    """The caption, stripped; ValueError where it is empty, too long, or has a NUL."""
+    """The caption, stripped; ValueError where it is empty, too long, or has a NUL or half of a surrogate pair."""
     text = text.strip()
     if len(text) > max_chars:
         raise ValueError(f"the caption of {len(text)} characters is longer than max_caption_chars={max_chars}")
-    if not text or "\0" in text:
-        raise ValueError("the caption has a NUL in it" if text else "the caption is empty")
+    if not text:
+        raise ValueError("the caption is empty")
+    if any(letter == "\0" or 0xD800 <= ord(letter) < 0xE000 for letter in text):
+        raise ValueError("the caption has a NUL or half a character in it")
     return text

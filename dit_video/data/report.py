@@ -1,11 +1,10 @@
 """What the data is, before the first step: clips of every bucket and source, what a step costs, and what was refused."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,8 +73,8 @@ class DataReport:
         for problem in self.problems:
             log.warning("damaged: %s", problem)
 
-    def write(self, path: Path) -> None:
-        """The report as JSON."""
+    def about(self) -> dict[str, Any]:
+        """The report as what JSON can hold."""
         buckets = [
             {
                 "shape": vars(shape), "clips": {source.name: self.count(number, i) for i, source in enumerate(self.sources)},
@@ -83,6 +82,10 @@ class DataReport:
             }
             for number, shape in enumerate(self.shapes)
         ]  # fmt: skip
-        about = {"buckets": buckets, "sources": [vars(each) for each in self.sources]}
         refused = {REASONS[kind]: int((self.bucket == kind).sum()) for kind in REASONS}
-        path.write_text(json.dumps(about | {"refused": refused, "problems": self.problems}, indent=2) + "\n")
+        return {
+            "buckets": buckets,
+            "sources": [vars(each) for each in self.sources],
+            "refused": refused,
+            "problems": self.problems,
+        }

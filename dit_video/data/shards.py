@@ -19,6 +19,7 @@ from dit_video.data.errors import BadDataError
 from dit_video.data.files import RemoteFile, ShardFile, open_file, read_ranges, size_of, version_of
 
 MAX_JSON_BYTES = 2**20
+AFTER_END = 2**16  # bytes that are looked at after a tar's end mark; tar itself fills up to 10 KiB with zeros
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class ClipRecord:
     shard: ShardFile
     key: str
     members: dict[str, Member]  # by lower-case extension
+    version: str = ""  # of the shard when it was indexed; for members without a checksum it is all that tells of a change
 
     @property
     def name(self) -> str:
@@ -81,6 +83,8 @@ def scan(path: ShardFile) -> tuple[list[tarfile.TarInfo], str | None]:
         file.seek(end)
         if file.read(512) != bytes(512):
             return _whole(path, headers), f"is cut off or damaged after {len(headers)} members, at byte {end}"
+        if file.read(AFTER_END).strip(b"\0"):
+            return headers, f"goes on after its end mark at byte {end}, as when tars are joined by cat; only the first is read"
     return headers, None
 
 
@@ -98,6 +102,8 @@ def split_name(header: tarfile.TarInfo) -> tuple[str, str] | None:
     name = header.name.removeprefix("./")
     if name.startswith("/") or ".." in name.split("/") or any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
         raise ValueError(f"refuses the member name {name!r}: absolute, with '..', or with control characters")
+    if not name.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in name):
+        raise ValueError(f"refuses the member name {name!r}: it is not UTF-8")
     if header.isdir():
         return None
     if not header.isreg() or header.sparse is not None:
@@ -139,6 +145,12 @@ def read_members(record: ClipRecord, extensions: Sequence[str]) -> dict[str, byt
     found = {}
     for (extension, member), data in zip(members.items(), _read(record.shard, list(members.values())), strict=True):
         found[extension] = data if data is not None else _find(record, extension, member)
+    if (
+        record.version
+        and any(member.checksum is None for member in members.values())
+        and version_of(record.shard) != record.version
+    ):
+        raise BadClipError(f"the shard was replaced after it was indexed, and has no checksums that tell what {record.key} was")
     return found
 
 

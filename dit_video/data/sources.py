@@ -1,4 +1,4 @@
-"""Where the bytes of shards come from: local files, http(s), s3 and gs, read by range through one small interface.
+"""Where the bytes of remote shards come from: http(s), s3 and gs, read by range through one small interface; and what addresses stand for.
 
 Every range is held to the version of the shard that was seen first, so that one replaced while it is read is an error, never a
 mix. What fails for a moment is tried again here and nowhere else. Remote shards may be kept in blocks on the local disk (see
@@ -109,16 +109,12 @@ def _cut(pieces: Sequence[Piece], offset: int, length: int) -> bytes:
     )
 
 
-def _seen_locally(stat: os.stat_result) -> Seen:
-    return Seen(stat.st_size, f"{stat.st_mtime_ns} {stat.st_size}")
-
-
 def _changed(address: str) -> BadDataError:
     return BadDataError(f"{shown(address)}: was replaced since it was first looked at; start again, or change data.shards")
 
 
 class Store:
-    """Reads ranges of shards wherever they lie; cheap to pickle, and of use in every process, forked or not.
+    """Reads ranges of remote shards; cheap to pickle, and of use in every process, forked or not.
 
     What fails for a moment (a connection, a timeout, HTTP 408, 429 and 5xx, too few bytes) is tried `retries` more times, after
     waits that double from backoff_seconds on, are up to half as long again (drawn from `seed`, so give each rank its own), and
@@ -160,8 +156,6 @@ class Store:
                     f"{shown(address)}: bytes {offset} to {offset + length} lie outside of its {seen.size}; it was changed after it "
                     f"was indexed: index it again, or change data.shards"
                 )
-        if not scheme_of(address):
-            return self._read_local(address, ranges, seen)
         wanted = [(offset, length) for offset, length in ranges if length]
         pieces: list[Piece]
         if self.cache is None:
@@ -182,27 +176,14 @@ class Store:
     def _look(self, address: str) -> Seen:
         seen = self.seen.get(address)
         if seen is None:
-            try:
-                # one byte, not HEAD: signed addresses allow GET alone, and a server that ignores Range is found out at once
-                seen = self._fetch(address, 0, 1)[0] if scheme_of(address) else _seen_locally(os.stat(address))
-            except OSError as error:
-                raise BadDataError(f"{address}: cannot be read ({error.strerror}); change data.shards") from error
+            if not scheme_of(address):
+                raise BadDataError(
+                    f"{address}: is no address of http, s3 or gs, and local shards are opened as files; change data.shards"
+                )
+            # one byte, not HEAD: signed addresses allow GET alone, and a server that ignores Range is found out at once
+            seen = self._fetch(address, 0, 1)[0]
             self.seen[address] = seen
         return seen
-
-    def _read_local(self, path: str, ranges: Sequence[tuple[int, int]], seen: Seen) -> list[bytes]:
-        found = []
-        try:
-            with open(path, "rb") as file:
-                for offset, length in ranges:
-                    file.seek(offset)
-                    found.append(file.read(length))
-                stat = os.fstat(file.fileno())
-        except OSError as error:
-            raise BadDataError(f"{path}: cannot be read any more ({error}); it was there at the start") from error
-        if _seen_locally(stat) != seen:
-            raise _changed(path)
-        return found
 
     def _read_blocks(self, cache: BlockCache, address: str, ranges: Sequence[tuple[int, int]], seen: Seen) -> list[Piece]:
         """The blocks that cover ranges, from the cache or fetched into it; neighbours that are missing are one request."""

@@ -13,6 +13,8 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+MAX_COVER_PIXELS = 2**26  # of a picture that is made to cover a frame, before it is cut
+
 Video = UInt8[np.ndarray, "T H W 3"]
 
 
@@ -92,14 +94,28 @@ def read_image(source: Path | str | bytes, height: int, width: int) -> UInt8[np.
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = _as_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
         raise ValueError(f"{name}: there is no such image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
     new_height, new_width = cover_size(image.height, image.width, height, width)
+    if new_height * new_width > MAX_COVER_PIXELS:
+        raise ValueError(f"{name}: {image.width} x {image.height} is too long and thin to cover {width} x {height}")
     resized = image if image.size == (new_width, new_height) else image.resize((new_width, new_height), Image.Resampling.LANCZOS)
     return centre_crop(np.array(resized), height, width)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Red, green and blue of 8 bits: what is transparent lies on white, and 16 bits become 8; ValueError where brightness has no scale."""
+    if image.mode in ("I", "F") and image.format != "PNG":
+        raise ValueError(f"an image of mode {image.mode} does not say which value is white")
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    return image.convert("RGB")
 
 
 def _strip(video: Video, num_frames: int, scale: int) -> Image.Image:

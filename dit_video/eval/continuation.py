@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 
 from dit_video.data.decode import Decoder, decode_clip
 from dit_video.data.files import expand_shards
-from dit_video.data.index import index_shards
+from dit_video.data.index import records_of
 from dit_video.data.reader import caption_members, captions_of, find_member
 from dit_video.data.shards import ClipRecord, read_members
 from dit_video.eval.estimate import Estimate, bootstrap, bootstrap_mean, fraction
@@ -39,7 +39,7 @@ class ContinuationSuite(Suite):
     """Held-out real clips from tar shards, of which the model gets the first num_given frames and the caption, if there is one.
 
     Clips are taken in an order drawn from the seed, each cut at a place drawn from the seed, until there are `count`; what does
-    not decode is left out with a warning. ValueError where no clip is left, and as `expand_shards` and `index_shards`.
+    not decode is left out with a warning. ValueError where no clip is left, and as `expand_shards` and `records_of`.
     """
 
     shards: str | Sequence[str]
@@ -65,7 +65,7 @@ class ContinuationSuite(Suite):
     def requests(self) -> list[Continuation]:
         """The first frames to be continued, with the real clips beside them."""
         shards = [self.shards] if isinstance(self.shards, str) else list(self.shards)
-        records = index_shards(expand_shards(shards))
+        records = records_of(expand_shards(shards))
         rng = np.random.default_rng(self.seed)
         found: list[Continuation] = []
         for index in rng.permutation(len(records)):

@@ -64,7 +64,7 @@ class VideoDiffusion(L.LightningModule):
         for optimiser in optimisers:
             optimiser.step()
         self.ema.update(self.network, self.steps)
-        self.steps, self.clips = self.steps + 1, self.clips + len(batch.captions)
+        self.steps, self.clips = self.steps + 1, self.clips + batch.step_clips
         return loss
 
     def _stop_if_not_finite(self, loss: Tensor, batch: Batch) -> None:

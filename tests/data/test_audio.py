@@ -11,8 +11,9 @@ from clip_files import counting_video
 
 from dit_video.data.audio import AudioError, AudioFormat, decode_audio
 from dit_video.data.loader import ClipLoader
-from dit_video.data.shards import write_shard
+from dit_video.data.shards import BadDataError, write_shard
 from dit_video.data.video_file import encode_mp4
+from dit_video.data_tools.check import check_shards
 
 TONE = 440.0
 
@@ -67,7 +68,9 @@ def film(
 @pytest.mark.parametrize("wanted", [8_000, 16_000, 22_050, 44_100])
 @pytest.mark.parametrize("start", [0.0, 0.31, 1.7])
 def test_samples_are_where_they_sound(codec: str, kind: str, rate: int, wanted: int, start: float) -> None:
-    found = decode_audio(film(tone(0, 3, rate), rate, codec, kind), AudioFormat(wanted), start_seconds=start, seconds=1.0)
+    found = decode_audio(
+        film(tone(0, 3, rate), rate, codec, kind), AudioFormat(wanted), start_seconds=start, seconds=1.0, origin=0.0
+    )
     assert found is not None and found.shape == (1, wanted) and found.dtype == np.float32
     # half a sample of the source is how far a start between two of its samples may be off
     slack = 0.5 * 2 * np.pi * TONE * 0.5 / rate + 2e-3
@@ -82,7 +85,9 @@ def test_samples_are_where_they_sound(codec: str, kind: str, rate: int, wanted: 
 @pytest.mark.parametrize("start", [0.0, 0.4, 1.55])
 def test_lossy_sound_and_coarse_clocks_are_aligned(codec: str, kind: str, start: float) -> None:
     rate = 48_000
-    found = decode_audio(film(chirps(3, rate), rate, codec, kind), AudioFormat(16_000), start_seconds=start, seconds=1.2)
+    found = decode_audio(
+        film(chirps(3, rate), rate, codec, kind), AudioFormat(16_000), start_seconds=start, seconds=1.2, origin=0.0
+    )
     assert found is not None
     true = chirps(3, 16_000)[:, round(start * 16_000) :][:, : found.shape[1]]
     shifts = range(-200, 201)
@@ -179,3 +184,29 @@ def test_without_being_asked_no_sound_is_decoded(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [{"__key__": "a", "mp4": film(tone(0, 1.125, 16_000), 16_000, frames=9), "txt": "a"}])
     (batch,) = list(ClipLoader(f"{tmp_path}/*.tar", 1, 9, 32, 32, 8, decoder="pyav").one_pass())
     assert batch.audio is None and batch.has_audio is None and batch.to("cpu").audio is None
+
+
+def test_a_lossy_member_beside_a_film_begins_with_it(tmp_path: Path) -> None:
+    out, sound = io.BytesIO(), chirps(3, 48_000)
+    with av.open(out, "w", format="mp3") as container:
+        stream = container.add_stream("libmp3lame", rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(sound, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 48_000, 0
+        resampler = av.AudioResampler(format="fltp", layout="mono", rate=48_000, frame_size=1152)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+    write_shard(
+        tmp_path / "0.tar", [{"__key__": "a", "mp4": encode_mp4(counting_video(9), 8), "mp3": out.getvalue(), "txt": "a"}]
+    )
+    (batch,) = list(ClipLoader(f"{tmp_path}/*.tar", 1, 9, 32, 32, 8, decoder="pyav", audio_rate=16_000).one_pass())
+    assert batch.audio is not None
+    found, true = batch.audio[0].numpy(), chirps(3, 16_000)[:, :18_000]
+    assert abs(max(range(-500, 501), key=lambda shift: float((np.roll(found, shift, axis=1) * true).sum()))) <= 16
+
+
+def test_a_check_decodes_sound_where_it_is_asked_to(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [{"__key__": "a", "mp4": encode_mp4(counting_video(9), 8), "wav": b"junk" * 99, "txt": "a"}])
+    check_shards(f"{tmp_path}/0.tar", workers=0)
+    with pytest.raises(BadDataError, match="1 of 1 clips are bad"):
+        check_shards(f"{tmp_path}/0.tar", workers=0, audio=True)

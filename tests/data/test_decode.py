@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from clip_files import counting_video, frame_numbers, mp4_at
 
-from dit_video.data.decode import DecodeError, Decoder, choose_frames, decode_clip, has_decord, probe, why_no_torchcodec
+from dit_video.data.decode import (
+    DecodeError,
+    Decoder,
+    choose_frames,
+    decode_all,
+    decode_clip,
+    has_decord,
+    probe,
+    why_no_torchcodec,
+)
 from dit_video.data.video_file import encode_mp4, read_video
 
 DECODERS: list[Decoder] = [
@@ -185,3 +194,38 @@ def test_broken_bytes_end_in_a_clip_or_a_decode_error(decoder: Decoder) -> None:
         except DecodeError:
             continue
         assert clip.shape == (9, 32, 32, 3)
+
+
+def older_film(codec: str, kind: str, num_frames: int = 60, b_frames: int = 2) -> bytes:
+    """A counting video at 24 fps as older programs write it."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=24, options={"bf": str(b_frames), "qscale": "2", "g": "12"})
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        for number, pixels in enumerate(counting_video(num_frames, 64, 64)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+@each
+@pytest.mark.parametrize(
+    ("codec", "kind"),
+    [
+        ("mpeg4", "avi"),
+        ("mpeg4", "mp4"),
+        ("mpeg4", "matroska"),
+        ("mpeg2video", "matroska"),
+        ("libx264", "avi"),
+        ("mpeg2video", "mpegts"),
+    ],
+)
+@pytest.mark.parametrize("start", [0.0, 0.375])
+def test_older_films_give_the_frames_of_their_times(decoder: Decoder, codec: str, kind: str, start: float) -> None:
+    """AVI tells when frames are decoded, not when they are shown; and of older codecs decord counts frames otherwise."""
+    clip = decode_clip(older_film(codec, kind), num_frames=9, fps=8, height=64, width=64, start_seconds=start, decoder=decoder)
+    wanted = 24 * start + 3 * np.arange(9)
+    assert np.abs(np.array(frame_numbers(clip.video)) - wanted).max() <= 1  # what coding does to greys
+    assert decode_all(older_film(codec, kind)) == 60

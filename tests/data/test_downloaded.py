@@ -31,7 +31,7 @@ def downloaded(folder: Path, keep_videos: bool = False, tells: bool = True, lost
                 sample["mp4"] = clip["mp4"]
             if number not in lost:
                 writer.write(sample)
-    columns = {name: [row[name] for row in rows] for name in ("key", "status", "url")}
+    columns = {name: [row[name] for row in rows] for name in ("key", "status", "url", "error_message")}
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text(json.dumps({"count": 6, "successes": 3, "failed_to_download": 2}))
     return path
@@ -91,6 +91,6 @@ def test_a_status_that_means_something_else_is_not_believed(tmp_path: Path) -> N
     """Of a shard's own json `status` may be a number, or the json no object at all."""
     path = tmp_path / "0.tar"
     with webdataset.TarWriter(str(path), encoder=False) as writer:
-        for number, about in enumerate([b'{"status": 3}', b"[1]", b"{", b'{"status": null}']):
+        for number, about in enumerate([b'{"status": 3}', b"[1]", b"{", b'{"status": null}', b'{"status": "reviewed"}']):
             writer.write({"__key__": str(number), "mp4": clip_sample(number)["mp4"], "txt": b"x", "json": about})
-    assert index_of(path).fetched.all() and len(index_of(path)) == 4
+    assert index_of(path).fetched.all() and len(index_of(path)) == 5

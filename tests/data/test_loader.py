@@ -228,3 +228,82 @@ def test_the_configs_name_arguments_of_the_loader(make_shards: MakeShards, name:
     config: Any = OmegaConf.to_container(OmegaConf.load(path))
     assert config.pop("_target_") == f"{ClipLoader.__module__}.{ClipLoader.__name__}"
     ClipLoader(**(config | {"shards": make_shards(2)}))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_rank_without_a_clip_gets_fillers(make_shards: MakeShards, num_workers: int) -> None:
+    """Fewer clips in a step than micro-batches; nothing is planned without end."""
+    clips = loader(make_shards(num_clips=6), batch_size=1, micro_batches=2, num_workers=num_workers)
+    ranks = [take(clips, 9, rank=rank, world_size=2) for rank in range(2)]
+    for one, other in zip(*ranks, strict=True):
+        assert (
+            sorted([float(one.weights.sum()), float(other.weights.sum())]) == [0, 1] and one.step_clips == other.step_clips == 1
+        )
+    assert_same(ranks[0] + ranks[1], [batch for rank in range(2) for batch in take(clips, 9, rank=rank, world_size=2)])
+
+
+def test_nearly_everything_cached_is_not_planned_far_ahead(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_shards(num_clips=40, change=lambda number, sample: sample | ({"mp4": b"x"} if number == 7 else {}))
+    clips = loader(shards, num_workers=1, max_bad_fraction=0.5)
+    planned = []
+    step = clips.plan.step
+    monkeypatch.setattr(clips.plan, "step", lambda number: planned.append(number) or step(number))
+    take(clips, 200)
+    assert max(planned) < 200 + 30
+
+
+def test_a_pass_with_more_micro_batches_than_clips(make_shards: MakeShards) -> None:
+    clips = loader(make_shards(num_clips=5), batch_size=2, micro_batches=4)
+    shown = [key for batch in clips.one_pass() for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
+    assert len(shown) == len({*shown}) == 5
+
+
+def test_few_clips_may_leave_a_source_empty(make_shards: MakeShards, tmp_path: Path) -> None:
+    make_shards()
+    sources = {"a": {"shards": f"{tmp_path}/0.tar"}, "b": {"shards": f"{tmp_path}/1.tar", "weight": 3}}
+    clips = loader(None, sources=sources, max_clips=1)  # type: ignore[arg-type]
+    assert clips.num_clips == clips.plan.num_clips == 1 and {*take(clips, 2)[1].captions} == {"clip number 0"}
+    weightless = loader(None, sources=sources | {"b": {"shards": f"{tmp_path}/1.tar", "weight": 0}})  # type: ignore[arg-type]
+    assert weightless.num_clips == weightless.plan.num_clips == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": {"a": {"shards": "0.tar", "wieght": 0.9}}}, r"data\.sources\.a has no wieght; it has shards, weight"),
+        ({"sources": {"a": {"weight": 0.9}}}, r"set data\.sources\.a\.shards"),
+        ({"buckets": [{"num_frame": 3}]}, r"data\.buckets has no num_frame; it has num_frames"),
+        ({"buckets": [{"num_frames": 3}, {"width": 16}]}, "two buckets are the same"),
+        ({"shards": None}, r"set data\.shards"),
+    ],
+)
+def test_typing_errors_in_sources_and_buckets_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader(**{"shards": "0.tar"} | changes)
+
+
+def test_a_shard_is_one_however_it_is_named(make_shards: MakeShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards()
+    (tmp_path / "link.tar").symlink_to(tmp_path / "0.tar")
+    monkeypatch.chdir(tmp_path)
+    assert loader(["0.tar", f"{tmp_path}/0.tar", "link.tar", "./0.tar"]).num_clips == 6  # type: ignore[arg-type]
+
+
+def test_the_fingerprint_tells_whether_other_clips_would_come(make_shards: MakeShards, tmp_path: Path) -> None:
+    shards = make_shards(num_clips=12)
+    known = loader(shards).fingerprint
+    assert loader(shards, num_workers=2, cache_bytes=0, max_caption_chars=50).fingerprint == known
+    for other in (
+        loader(shards, seed=6),
+        loader(shards, batch_size=5),
+        loader(shards, max_clips=11),
+        loader(f"{tmp_path}/0.tar"),
+    ):
+        assert other.fingerprint != known
+    make_shards(num_clips=12, change=lambda number, sample: sample | {"__key__": f"x{number}"})
+    assert loader(shards).fingerprint != known
+
+
+def test_steps_of_buckets_are_as_large_as_was_asked_for_the_first_in_use(make_shards: MakeShards) -> None:
+    clips = loader(make_shards(), buckets=[{"num_frames": 99}, {"num_frames": 3}])
+    assert clips.report.count(0) == 0 and clips.report.sizes[1] in (4, 5)  # not as many as cost what four of the first would

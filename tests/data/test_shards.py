@@ -11,7 +11,7 @@ import webdataset  # type: ignore[import-untyped]
 from clip_files import clip_sample
 
 from dit_video.data.files import expand_shards
-from dit_video.data.index import Clips, build, index_shards
+from dit_video.data.index import Clips, build, records_of
 from dit_video.data.shards import (
     BadClipError,
     BadDataError,
@@ -35,7 +35,7 @@ def tar_of(path: Path, members: list[tuple[str, bytes]], kind: bytes = tarfile.R
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     samples = [clip_sample(number) for number in range(5)]
     assert write_shard(tmp_path / "a.tar", samples) == 5
-    records = index_shards([tmp_path / "a.tar"])
+    records = records_of([tmp_path / "a.tar"])
     assert [record.key for record in records] == [sample["__key__"] for sample in samples]
     for record, sample in zip(records, samples, strict=True):
         assert set(record.members) == {"mp4", "txt", "json"} and record.name == f"a.tar:{sample['__key__']}"
@@ -49,7 +49,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 def test_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [clip_sample(number) for number in range(4)])
     theirs = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
-    ours = index_shards([tmp_path / "a.tar"])
+    ours = records_of([tmp_path / "a.tar"])
     assert [sample["__key__"] for sample in theirs] == [record.key for record in ours]
     assert all(sample["mp4"] == read_member(record, "mp4") for sample, record in zip(theirs, ours, strict=True))
 
@@ -64,7 +64,7 @@ def test_a_failing_writer_leaves_the_old_shard(tmp_path: Path) -> None:
 
 def test_members_group_by_the_name_up_to_the_first_dot(tmp_path: Path) -> None:
     names = ["./a.b/x.mp4", "a.b/x.txt", "y.v1.MP4", "y.txt", "z.mp4", "w.txt", "z.txt", ".hidden", "noextension"]
-    records = index_shards([tar_of(tmp_path / "a.tar", [(name, name.encode()) for name in names])])
+    records = records_of([tar_of(tmp_path / "a.tar", [(name, name.encode()) for name in names])])
     assert [(record.key, sorted(record.members)) for record in records] == [
         ("a.b/x", ["mp4", "txt"]), ("y", ["txt", "v1.mp4"]), ("z", ["mp4", "txt"]), ("w", ["txt"]),
     ]  # fmt: skip
@@ -117,7 +117,7 @@ def test_damaged_shards_are_named(tmp_path: Path, change: Callable[[bytearray], 
     with pytest.raises(BadDataError, match=what) as caught:
         scan(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert not index_shards([path])
+    assert not records_of([path])
 
 
 def test_every_cut_is_noticed_and_what_is_whole_is_kept(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_every_cut_is_noticed_and_what_is_whole_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_shard(path, [clip_sample(number) for number in range(3)])
     whole = path.read_bytes()
-    records = index_shards([path])
+    records = records_of([path])
     spans = [(record.key, name, m.offset, m.offset + m.size) for record in records for name, m in record.members.items()]
     boundaries = [start - 512 for _, _, start, _ in spans]
     for length in [*boundaries[1:], *range(600, max(end for *_, end in spans), 97)]:
@@ -172,6 +172,6 @@ def test_a_shard_that_changes_after_indexing_is_noticed(tmp_path: Path) -> None:
 
 def test_json_members_survive_unicode(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [{"__key__": "é", "json": {"text": "日本"}, "txt": "日本"}])
-    record = index_shards([tmp_path / "a.tar"])[0]
+    record = records_of([tmp_path / "a.tar"])[0]
     assert record.key == "é" and json.loads(read_member(record, "json")) == {"text": "日本"}
     assert read_member(record, "txt").decode() == "日本"

@@ -107,3 +107,29 @@ def test_a_contact_sheet_needs_a_caption_for_each_clip(tmp_path: Path) -> None:
     for videos in ([], [moving_square()]):
         with pytest.raises(ValueError, match="caption"):
             contact_sheet(videos, [], tmp_path / "sheet.png")
+
+
+def as_png(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def test_images_of_other_kinds_look_as_they_are_shown() -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+    deep = read_image(as_png(Image.fromarray(ramp)), 64, 64)
+    assert np.abs(deep[..., 0] - ramp / 257).max() <= 1
+    clear = np.zeros((32, 32, 4), np.uint8)
+    clear[..., 0], clear[:, 16:, 3] = 255, 255  # red, of which the left half is not to be seen
+    shown = read_image(as_png(Image.fromarray(clear)), 32, 32)
+    assert (shown[:, :16] == 255).all() and (shown[:, 16:] == [255, 0, 0]).all()
+    assert (read_image(as_png(Image.fromarray(clear), "WEBP"), 32, 32)[:, :12] > 240).all()
+    palette = Image.fromarray(clear).convert("RGB").convert("P")
+    assert (read_image(as_png(palette), 32, 32) == [255, 0, 0]).mean() > 0.9
+
+
+def test_an_image_that_no_frame_can_be_cut_from_is_refused() -> None:
+    with pytest.raises(ValueError, match="too long and thin"):
+        read_image(as_png(Image.new("L", (60_000, 1))), 256, 256)
+    with pytest.raises(ValueError, match="which value is white"):
+        read_image(as_png(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), 8, 8)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dit_video.data.files import expand_shards
-from dit_video.data.index import index_shards
+from dit_video.data.index import records_of
 from dit_video.data.loader import ClipLoader
 from dit_video.data.shards import ClipRecord, read_member
 from dit_video.data.video_file import Video, read_video, write_mp4
@@ -60,7 +60,7 @@ def read_attributes(record: ClipRecord) -> dict:
 
 
 def records(out: Path, split: str) -> list[ClipRecord]:
-    return index_shards(expand_shards(f"{out}/{split}/*.tar"))
+    return records_of(expand_shards(f"{out}/{split}/*.tar"))
 
 
 def colours(record: ClipRecord) -> set[int]:
