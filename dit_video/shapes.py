@@ -179,8 +179,8 @@ class Batch:
 
 
 def to_float(video: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Pixels of [0, 255] as float32 in [-1, 1]."""
-    return video.float() / 127.5 - 1
+    """Pixels of [0, 255] as numbers of torch's default type (float32 unless it was changed) in [-1, 1]."""
+    return video.to(torch.get_default_dtype()) / 127.5 - 1
 
 
 def to_uint8(video: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from dit_video.build import check_whole, make, make_network, make_objective, make_sampler, make_trained, plain
@@ -47,7 +49,8 @@ BESIDE_TRAINING = {
     "accept_changed_data",
     "trust", "logger", "runs", "every", "eval", "sampler", "sample_prompts", "keep_checkpoints", "profile", "validation",
     "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path", "data.timeout_seconds", "data.worker_bytes",
-    "data.remote_cache", "data.remote_cache_bytes",
+    "data.remote_cache", "data.remote_cache_bytes", "data.micro_batches", "trainer.devices", "trainer.num_nodes", "trainer.layout",
+    "trainer.recompute", "trainer.compile", "trainer.threads",
 }  # fmt: skip
 """Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
 
@@ -66,28 +69,43 @@ def main(config: DictConfig) -> None:
             write_json(folder / "summary.json", summary(config, meta, spent))
             write_report(folder)
         return
+    hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
+    layout = hardware.parallel.layout
     loader: ClipLoader = make(
-        config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config), tokens=tokens_of(config)
-    )
+        config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config), tokens=tokens_of(config),
+        micro_batches=math.lcm(config.data.micro_batches, layout.data_size),
+    )  # fmt: skip
     if resume and not config.accept_changed_data:
         check_data(folder / "data.json", loader)
-    module = make_module(config, resume)
+    module = make_module(config, resume, hardware)
     callbacks = make_callbacks(config, folder, module, resume, spent)
-    open_run(folder, config, resume)
-    loader.report.log()
-    loader.write_report(folder / "data.json")
-    loggers: list[Logger] = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
-    loggers += [make(config.logger, folder=folder)] if config.logger else []
+    loggers: list[Logger] = []
+    if first_rank():
+        open_run(folder, config, resume)
+        loader.report.log()
+        loader.write_report(folder / "data.json")
+        loggers = [JsonlRecord(folder / "metrics.jsonl", meta["steps"])]
+        loggers += [make(config.logger, folder=folder)] if config.logger else []
     for logger in loggers:
         logger.log_hyperparams(plain(config))
-    hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
     log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(config), config.max_clips, loader.num_clips)
-    fit(module, until(config.max_clips, loader.batches(meta["steps"]), meta["clips"]), callbacks, loggers, hardware, **options)
+
+    def batches() -> Iterator[Batch]:
+        rank = layout.data_rank(torch.distributed.get_rank()) if layout.world_size > 1 else 0  # known once training has begun
+        yield from until(config.max_clips, loader.batches(meta["steps"], rank, layout.data_size), meta["clips"])
+
+    fit(module, batches(), callbacks, loggers, hardware, **options)
     for logger in loggers:
         logger.finalize("success")
-    write_json(folder / "summary.json", summary(config, {"steps": module.steps, "clips": module.clips}, spent))
+    if first_rank():
+        write_json(folder / "summary.json", summary(config, {"steps": module.steps, "clips": module.clips}, spent))
+        write_report(folder)
     log.info("%s: %d clips in %.0f s (%.0f core-seconds)", folder, module.clips, spent.wall_seconds, spent.core_seconds)
-    write_report(folder)
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that writes; of several, started by torchrun, SLURM or Lightning, it is rank 0."""
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def until(max_clips: int, batches: Iterator[Batch], clips: int) -> Iterator[Batch]:
@@ -181,14 +199,14 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
     return [] if before == now else [f"{key}: {before} then, {now} now"]
 
 
-def make_module(config: DictConfig, resume: Path | None) -> VideoDiffusion:
+def make_module(config: DictConfig, resume: Path | None, hardware: Hardware) -> VideoDiffusion:
     """The module with its weights: initialised from the seed, or taken over from another run."""
     network = make_network(config)
     initialise(network, config.seed)
     if config.init_from and not resume:
         take_over(network, Path(config.init_from))
     optimisers: Optimisers = make(config.optimisers)
-    return VideoDiffusion(network, make_objective(config), optimisers, config.max_clips, config.ema_decay)
+    return VideoDiffusion(network, make_objective(config), optimisers, config.max_clips, config.ema_decay, hardware.parallel)
 
 
 def take_over(network: torch.nn.Module, run: Path) -> None:

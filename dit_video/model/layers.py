@@ -122,8 +122,8 @@ def rotary(place: Float[Tensor, "b n 3"], head_dim: int, theta: float) -> Float[
     """
     angles = []
     for axis, pairs in enumerate(rotary_split(head_dim)):
-        frequencies = theta ** (-torch.arange(pairs, device=place.device, dtype=torch.float32) / max(pairs, 1))
-        angles.append(place[..., axis, None].float() * frequencies)
+        frequencies = theta ** (-torch.arange(pairs, device=place.device, dtype=place.dtype) / max(pairs, 1))
+        angles.append(place[..., axis, None] * frequencies)
     angle = torch.cat(angles, dim=-1)  # b n e/2
     cos, sin = torch.cat([angle.cos(), angle.cos()], dim=-1), torch.cat([-angle.sin(), angle.sin()], dim=-1)
     return rearrange(torch.stack([cos, sin]), "two b n e -> two b n 1 1 e")

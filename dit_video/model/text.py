@@ -14,6 +14,9 @@ from dit_video.model.attention import math
 from dit_video.model.layers import RMSNorm, SwiGLU, learned, linear
 from dit_video.shapes import Context
 
+NOTHING = "."
+"""Encoded, and not used, where no caption is told: every rank's encoder then has gradients, if of zero, for the others to meet."""
+
 
 class TextEncoder(nn.Module):
     """The seam for text encoders, learned or frozen (see Frozen): captions in, states `b l dim`, lengths and a pooled vector `b dim` out.
@@ -36,17 +39,16 @@ class TextEncoder(nn.Module):
     def forward(self, captions: Sequence[str | None]) -> Context:
         told = [caption for caption in captions if caption and caption.strip()]
         device, batch = self.null_state.device, len(captions)
-        context = self.encode(told) if told else None
-        num_states = context.states.shape[1] if context else 1
-        states = F.pad(self.null_state[None], (0, 0, 0, num_states - 1)).expand(batch, -1, -1)
+        context = self.encode(told or [NOTHING])
+        states = F.pad(self.null_state[None], (0, 0, 0, context.states.shape[1] - 1)).expand(batch, -1, -1)
         lengths = torch.ones(batch, dtype=torch.long, device=device)
         pooled = self.null_pooled.expand(batch, -1)
-        if context:
-            rows = torch.tensor([i for i, caption in enumerate(captions) if caption and caption.strip()], device=device)
-            states = states.index_copy(0, rows, context.states.to(states.dtype))
-            lengths = lengths.index_copy(0, rows, context.lengths)
-            if context.pooled is not None:
-                pooled = pooled.index_copy(0, rows, context.pooled.to(pooled.dtype))
+        rows = [i for i, caption in enumerate(captions) if caption and caption.strip()]
+        places = torch.tensor(rows, dtype=torch.long, device=device)
+        states = states.index_copy(0, places, context.states[: len(rows)].to(states.dtype))
+        lengths = lengths.index_copy(0, places, context.lengths[: len(rows)])
+        if context.pooled is not None:
+            pooled = pooled.index_copy(0, places, context.pooled[: len(rows)].to(pooled.dtype))
         return Context(states, lengths, pooled)
 
 

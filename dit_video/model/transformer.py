@@ -65,7 +65,8 @@ class StreamEnds(nn.Module):
 
     def leave(self, hidden: Float[Tensor, "b n d"], embedded: Float[Tensor, "b k d"], pick: Tensor | None) -> Tensor:
         shift, scale = per_token(embedded[:, :, None] + self.final_offset.to(embedded.dtype), pick)
-        return self.head(modulated_norm(hidden, shift, scale)).float()
+        values = self.head(modulated_norm(hidden, shift, scale))
+        return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def modulated_norm(hidden: Float[Tensor, "b n d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "b n d"]:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dit_video.trainer.parallel import place_like, whole
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -137,7 +139,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) ->
         raise CheckpointError(
             f"{source} is of another model ({len(names)} of {len(wanted)} tensors differ): {told}; set model, text or name"
         )
-    module.load_state_dict(weights)
+    own = module.state_dict()
+    module.load_state_dict({name: place_like(value, own[name]) for name, value in weights.items()})
 
 
 def warm_start(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -151,7 +154,7 @@ def warm_start(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[
 def optimiser_state(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """The optimiser's tensors by "<parameter>/<quantity>"."""
     return {
-        f"{names[parameter]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        f"{names[parameter]}/{key}": whole(value) if isinstance(value, Tensor) else torch.tensor(value)
         for parameter, state in optimiser.state.items()
         for key, value in state.items()
     }
@@ -164,7 +167,10 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, s
         name, quantity = key.rsplit("/", 1)
         if name not in own:
             raise CheckpointError(f"the checkpoint's optimiser knows {name}, the model does not; set model or name")
-        optimiser.state[own[name]][quantity] = value.to(own[name].device)
+        parameter = own[name]  # what has its shape is cut as it is; a count of steps is not
+        optimiser.state[parameter][quantity] = (
+            place_like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+        )
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dit_video.model.network import Network
+from dit_video.trainer.parallel import local
 
 
 class EMA(nn.Module):
@@ -24,4 +25,5 @@ class EMA(nn.Module):
     def update(self, network: nn.Module, step: int) -> None:
         """Moves toward the network's weights; over the first steps by more, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
+        averages, weights = ([local(p) for p in each.parameters()] for each in (self.network, network))
+        torch._foreach_lerp_(averages, weights, 1 - decay)

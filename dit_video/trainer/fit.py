@@ -7,14 +7,16 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
+from dit_video.trainer.layout import Layout, MeshStrategy
 from dit_video.trainer.module import VideoDiffusion
+from dit_video.trainer.parallel import Parallel, Recompute
 
 
 @dataclass
@@ -27,14 +29,26 @@ class Hardware:
     strategy: str = "auto"
     precision: str = "bf16-mixed"
     threads: int | None = None  # of a CPU; none: one a core
+    layout: Layout | dict[str, int | None] = field(default_factory=Layout)  # of all devices on all nodes
+    recompute: Recompute = "none"
+    compile: bool = False
+
+    @property
+    def parallel(self) -> Parallel:
+        """How the networks are laid out over the devices."""
+        assert isinstance(self.layout, Layout)
+        return Parallel(self.layout, self.recompute, self.compile)
 
     def __post_init__(self) -> None:
+        for name in ("devices", "num_nodes"):
+            if not str(getattr(self, name)).isdecimal() or int(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}; set trainer.{name}")
+        if not isinstance(self.layout, Layout):
+            self.layout = Layout.of(int(self.devices) * self.num_nodes, **self.layout)
         if self.precision not in ("32-true", "bf16-mixed"):  # float16 would need its losses scaled
             raise ValueError(f"precision must be 32-true or bf16-mixed, got {self.precision!r}; set trainer.precision")
-        if self.devices not in (1, "1") or self.num_nodes != 1:
-            raise ValueError(
-                f"training runs on one device so far, got {self.devices} on {self.num_nodes} nodes; set trainer.devices=1"
-            )
+        Layout.of(int(self.devices) * self.num_nodes, **vars(self.layout))
+        _ = self.parallel
         if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
             raise ValueError(f"threads must be a whole number of at least 1, or null, got {self.threads!r}; set trainer.threads")
         if self.accelerator not in ("cpu", "gpu", "cuda", "mps", "auto"):
@@ -74,11 +88,12 @@ def fit(
     keep_memory()
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
+    layout = hardware.parallel.layout
     trainer = L.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy,
+        strategy=hardware.strategy if layout.world_size == 1 else MeshStrategy(layout),
         precision=hardware.precision,  # type: ignore[arg-type]
         max_epochs=1,  # the batches are all that is left of the run
         callbacks=list(callbacks),

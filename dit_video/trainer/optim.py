@@ -1,11 +1,14 @@
 """Muon for hidden matrices, AdamW for the rest, and a learning rate that is a function of the clips seen."""
 
 from collections import defaultdict
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dit_video.model.layers import Linear
+from dit_video.trainer.parallel import local
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -33,8 +36,14 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: list[tuple[nn.Parameter, int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        parameters: list[tuple[nn.Parameter, int]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.dtype = dtype
         groups = defaultdict(list)
         for parameter, matrices in parameters:
             groups[matrices].append(parameter)
@@ -46,20 +55,58 @@ class Muon(torch.optim.Optimizer):
         waiting: dict[tuple, list[tuple[nn.Parameter, Tensor, dict]]] = defaultdict(list)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 if "momentum" not in self.state[parameter]:
                     self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+            gradients = [local(parameter.grad) for parameter in parameters]
+            momenta = [local(self.state[parameter]["momentum"]) for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
             for parameter, move in zip(parameters, ahead, strict=True):
-                parts = move.unflatten(0, (group["matrices"], -1))
+                parts = gathered(move, parameter).unflatten(0, (group["matrices"], -1))
                 waiting[tuple(parts.shape[1:])].append((parameter, parts, group))
         for (rows, columns), members in waiting.items():
-            moves = orthogonalise(torch.cat([parts for _, parts, _ in members])) * max(1, rows / columns) ** 0.5
+            moves = (
+                self._orthogonalised(torch.cat([parts for _, parts, _ in members]), members[0][0]) * max(1, rows / columns) ** 0.5
+            )
             for (parameter, _, group), move in zip(members, moves.split([len(parts) for _, parts, _ in members]), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(move.flatten(0, 1), alpha=-group["lr"])
+                own = scattered(move.flatten(0, 1), parameter)
+                local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(own, alpha=-group["lr"])
+
+    def _orthogonalised(self, matrices: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The matrices of cut weights are dealt out, so that each is worked on by one rank; those of others are zeros, to be summed."""
+        ranks, rank = owners(parameter)
+        if ranks == 1:
+            return orthogonalise(matrices, dtype=self.dtype)
+        moves = torch.zeros_like(matrices)
+        if rank < len(matrices):
+            moves[rank::ranks] = orthogonalise(matrices[rank::ranks], dtype=self.dtype)
+        return moves
+
+
+def owners(parameter: Tensor) -> tuple[int, int]:
+    """How many ranks a weight is cut over, and which of them this is."""
+    if not isinstance(parameter, DTensor):
+        return 1, 0
+    return parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
+
+
+def gathered(piece: Tensor, like: Tensor) -> Tensor:
+    """All of what this rank has a piece of, cut as a parameter is."""
+    if not isinstance(like, DTensor):
+        return piece
+    return DTensor.from_local(piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
+
+
+def scattered(part: Tensor, like: Tensor) -> Tensor:
+    """This rank's piece of the sum of what all ranks that a parameter is cut over have."""
+    if not isinstance(like, DTensor):
+        return part
+    mesh = like.device_mesh
+    partial = [*([Replicate()] * (mesh.ndim - 1)), Partial()]
+    return (
+        DTensor.from_local(part.contiguous(), mesh, partial, run_check=False).redistribute(placements=like.placements).to_local()
+    )
 
 
 def split_parameters(module: nn.Module) -> tuple[dict[str, int], list[str]]:
@@ -92,9 +139,13 @@ class Optimisers:
         warmup_clips: int = 2_000,
         decay_share: float = 1.0,  # of the run, over which the learning rate falls to zero
         clip_norm: float | None = 1.0,  # bound of the gradient's norm
+        muon_precision: Literal["bfloat16", "float32", "float64"] = "bfloat16",  # of the iteration that orthogonalises
     ) -> None:
         if not 0 <= decay_share <= 1:
             raise ValueError(f"decay_share must be in [0, 1], got {decay_share}; set optimisers.decay_share")
+        if muon_precision not in ("bfloat16", "float32", "float64"):
+            raise ValueError(f"precision is bfloat16, float32 or float64, got {muon_precision!r}; set optimisers.muon_precision")
+        self.muon_dtype = getattr(torch, muon_precision)
         self.muon_lr, self.adamw_lr, self.betas, self.momentum = muon_lr, adamw_lr, (betas[0], betas[1]), momentum
         self.weight_decay, self.warmup_clips, self.decay_share, self.clip_norm = (
             weight_decay,
@@ -117,7 +168,11 @@ class Optimisers:
         if hidden:
             assert self.muon_lr is not None
             built["muon"] = Muon(
-                [(named[n], parts) for n, parts in hidden.items()], self.muon_lr, self.momentum, self.weight_decay
+                [(named[n], parts) for n, parts in hidden.items()],
+                self.muon_lr,
+                self.momentum,
+                self.weight_decay,
+                self.muon_dtype,
             )
         for optimiser in built.values():
             for group in optimiser.param_groups:

@@ -108,7 +108,7 @@ def measure(shards: str) -> Found:
     return Found({name: statistics.median(found) for name, found in rates.items()}, ratios)
 
 
-def measure_disk(clips: int = 200, clip_bytes: int = 2**21) -> dict[str, float]:
+def measure_disk(clips: int = 800, clip_bytes: int = 2**21) -> dict[str, float]:
     """Bytes a second, of wall time, of reading a shard, of making its index, and of comparing its checksums; each from a cold cache."""
     rng = np.random.default_rng(0)
     about = {"num_frames": 81, "height": 480, "width": 832, "fps": 16}

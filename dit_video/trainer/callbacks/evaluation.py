@@ -51,5 +51,4 @@ class Evaluating(EveryClips):
         self.evaluate = evaluate
 
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
-        if trainer.is_global_zero:
-            record(trainer, module, {f"eval/{name}": estimate.value for name, estimate in self.evaluate(module).items()})
+        record(trainer, module, {f"eval/{name}": estimate.value for name, estimate in self.evaluate(module).items()})

@@ -16,7 +16,7 @@ class EveryClips(L.Callback):
 
     def due(self, clips: int, batch: Batch) -> bool:
         """Whether a step that ends at `clips` with this batch passes a multiple."""
-        return self.every_clips > 0 and clips // self.every_clips > (clips - len(batch.captions)) // self.every_clips
+        return self.every_clips > 0 and clips // self.every_clips > (clips - batch.step_clips) // self.every_clips
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: VideoDiffusion, outputs: Any, batch: Batch, batch_idx: int  # type: ignore[override]

@@ -2,9 +2,11 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 
 from dit_video.shapes import Batch
 from dit_video.trainer.callbacks.every import EveryClips
@@ -43,9 +45,24 @@ class LossRecord(EveryClips):
                         values[f"train/loss/extra/{name}"].append(of_clip[row])
         self.kept = []
         rate = next(iter(module.named_optimisers.values())).param_groups[0]
-        metrics = {name: sum(v) / len(v) for name, v in sorted(values.items())}
+        metrics = means_over_ranks(values)
         progress = {"time": time.perf_counter() - self.started, "train/rate": rate["lr"] / rate["peak_lr"]}
         record(trainer, module, progress | metrics)
+
+
+def means_over_ranks(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of every name's values, of all ranks together; all of them must ask."""
+    mine = {name: (sum(found), len(found)) for name, found in values.items()}
+    ranks: list[Any] = [mine]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, mine)
+    totals: dict[str, tuple[float, int]] = {}
+    for rank in ranks:
+        for name, (total, count) in rank.items():
+            before = totals.get(name, (0.0, 0))
+            totals[name] = before[0] + total, before[1] + count
+    return {name: total / count for name, (total, count) in sorted(totals.items())}
 
 
 def level_name(level: float, prefix: str = "train/loss/level") -> str:

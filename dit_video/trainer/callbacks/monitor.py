@@ -12,6 +12,7 @@ from dit_video.model.attention import Attention, key_mask
 from dit_video.shapes import Batch
 from dit_video.trainer.callbacks.every import EveryClips
 from dit_video.trainer.module import VideoDiffusion
+from dit_video.trainer.parallel import whole
 from dit_video.trainer.record import record
 
 
@@ -28,7 +29,7 @@ class Monitor(EveryClips):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: VideoDiffusion, batch: Batch, batch_idx: int  # type: ignore[override]
     ) -> None:  # fmt: skip
-        if self.due(pl_module.clips + len(batch.captions), batch):
+        if self.due(pl_module.clips + batch.step_clips, batch):
             self.before = {name: p.detach().clone() for name, p in pl_module.network.named_parameters()}
             self.watched = []
             for block in pl_module.network.transformer.blocks:
@@ -55,7 +56,7 @@ class Monitor(EveryClips):
         for group, names in groups.items():
             before = [self.before[name] for name in names]
             gradients = [gradient for name in names if (gradient := named[name].grad) is not None]
-            change = _norm(torch._foreach_sub([named[name].detach() for name in names], before))
+            change = _norm([named[name].detach() - old for name, old in zip(names, before, strict=True)])
             metrics[f"grad/norm/{group}"] = _norm(gradients)
             metrics[f"update/ratio/{group}"] = change / max(_norm(before), 1e-6)
         metrics["attention/largest_logit"] = max(watched.largest for watched in self.watched)
@@ -83,7 +84,7 @@ class Watched:
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     """The norm of all tensors as one vector."""
-    return float(torch.stack(torch._foreach_norm(list(tensors))).norm()) if tensors else 0.0
+    return float(torch.stack([whole(norm) for norm in torch._foreach_norm(list(tensors))]).norm()) if tensors else 0.0
 
 
 def group_of(name: str) -> str:

@@ -23,9 +23,11 @@ class Sampling(EveryClips):
         self.folder, self.requests, self.generate = folder, list(requests), generate
 
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
-        if not trainer.is_global_zero or not self.requests:
+        if not self.requests:
             return
-        videos = self.generate(module, self.requests)
+        videos = self.generate(module, self.requests)  # by all ranks, each of which may hold a part of the weights
+        if not trainer.is_global_zero:
+            return
         folder = self.folder / f"clips-{module.clips:09d}"
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{number:03d}.mp4" for number in range(len(videos))]

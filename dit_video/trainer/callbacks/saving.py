@@ -11,6 +11,7 @@ from dit_video.trainer.callbacks.every import EveryClips
 from dit_video.trainer.checkpoint import Checkpoint, CheckpointError
 from dit_video.trainer.fit import Spent
 from dit_video.trainer.module import VideoDiffusion
+from dit_video.trainer.parallel import whole
 
 
 class Saving(EveryClips):
@@ -25,8 +26,8 @@ class Saving(EveryClips):
             restore(pl_module, self.resume)
 
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
+        saved = capture(module)  # by all ranks, each of which may hold a part
         if trainer.is_global_zero:
-            saved = capture(module)
             saved.meta |= {"wall_seconds": self.spent.wall_seconds, "core_seconds": self.spent.core_seconds}
             checkpoint.save(self.folder, saved, self.keep)
 
@@ -37,12 +38,16 @@ class Saving(EveryClips):
 def capture(module: VideoDiffusion) -> Checkpoint:
     """All that the next step depends on."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-    tensors = {"network": dict(module.network.state_dict()), "ema": dict(module.ema.network.state_dict())}
+    tensors = {"network": _whole(module.network), "ema": _whole(module.ema.network)}
     if len(module.objective.state_dict()):
-        tensors["objective"] = dict(module.objective.state_dict())
+        tensors["objective"] = _whole(module.objective)
     for name, optimiser in module.named_optimisers.items():
         tensors[f"optimiser-{name}"] = checkpoint.optimiser_state(optimiser, names)
     return Checkpoint(tensors, {"steps": module.steps, "clips": module.clips})
+
+
+def _whole(part: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(value) for name, value in part.state_dict().items()}
 
 
 def restore(module: VideoDiffusion, path: Path) -> None:

@@ -1,0 +1,93 @@
+"""How ranks share the work: replicate x shard x context, and what each of them is in it.
+
+Ranks of one context group hold the same clips and a part of their tokens each; ranks of one shard group hold other clips and a part of
+the weights each; replicas hold all of it again. What a step computes does not depend on the layout.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+NAMES = ("replicate", "shard", "context")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the three kinds of groups; their product is the number of ranks."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"a group has at least 1 rank, got {name}={value!r}; set trainer.layout.{name}")
+
+    @classmethod
+    def of(cls, world_size: int, replicate: int | None = 1, shard: int | None = 1, context: int | None = 1) -> "Layout":
+        """The layout of so many ranks; one size that is None takes what the others leave."""
+        sizes = {"replicate": replicate, "shard": shard, "context": context}
+        open_ = [name for name, size in sizes.items() if size is None]
+        known = math.prod(size for size in sizes.values() if size is not None)
+        if len(open_) > 1:
+            raise ValueError(f"only one size can be left open, got {', '.join(open_)}; set trainer.layout.{open_[0]}")
+        if open_ and known:
+            sizes[open_[0]] = world_size // known
+        layout = cls(**sizes)  # type: ignore[arg-type]
+        if layout.world_size != world_size:
+            raise ValueError(
+                f"{world_size} ranks are not {layout.replicate} x {layout.shard} x {layout.context} (replicate x shard x context); set "
+                "trainer.layout, trainer.devices or trainer.num_nodes"
+            )
+        return layout
+
+    @property
+    def world_size(self) -> int:
+        return self.replicate * self.shard * self.context
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that hold clips of their own."""
+        return self.replicate * self.shard
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the ranks with clips of their own a rank is."""
+        return rank // self.context
+
+    def mesh(self, device: str) -> DeviceMesh:
+        """The process groups of this layout; ranks of one context group are neighbours, then those of a shard group."""
+        return init_device_mesh(device, (self.replicate, self.shard, self.context), mesh_dim_names=NAMES)
+
+    def weights_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The ranks that weights are cut over, context ranks among them, and where there are replicas those as a first dimension."""
+        together = mesh["shard", "context"]._flatten("weights")
+        if self.replicate == 1:
+            return together
+        return mesh["replicate", "weights"] if together.size() > 1 else mesh["replicate", "shard"]
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Lightning's strategy for models that lay themselves out over a mesh, with the mesh of a layout instead of its own two dimensions."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(data_parallel_size=layout.data_size, tensor_parallel_size=layout.context)
+        self.layout = layout
+
+    def setup_environment(self) -> None:
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        self._device_mesh = self.layout.mesh(self.root_device.type)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+    return value

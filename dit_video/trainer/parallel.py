@@ -1,0 +1,91 @@
+"""What is done to a network from outside so that many ranks train it: tokens split, activations recomputed, blocks compiled, weights cut.
+
+The network itself knows nothing of this; one function, in the order in which the parts must come.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dit_video.model.network import Network
+from dit_video.trainer.context import split_tokens
+from dit_video.trainer.layout import Layout
+
+Recompute = Literal["none", "selective", "full"]
+
+KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+"""What selective checkpointing keeps: products of matrices cost much to compute again and little to keep; all else is recomputed."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a network is trained on its ranks."""
+
+    layout: Layout = field(default_factory=Layout)
+    recompute: Recompute = "none"  # activations in the backward pass: none, all but matrix products, or all
+    compile: bool = False  # every block, by torch.compile
+
+    def __post_init__(self) -> None:
+        if self.recompute not in ("none", "selective", "full"):
+            raise ValueError(f"recompute must be none, selective or full, got {self.recompute!r}; set trainer.recompute")
+
+
+def parallelise(network: Network, plan: Parallel, mesh: DeviceMesh | None) -> None:
+    """Prepares a network for its ranks, in place; without a mesh there is one rank, and its weights stay whole."""
+    transformer = network.transformer
+    if mesh is not None and plan.layout.context > 1:
+        split_tokens(transformer, mesh["context"].get_group())
+    for block in transformer.blocks:
+        if plan.recompute != "none":
+            forget_activations(block, plan.recompute)
+        if plan.compile:
+            block.compile()
+    if mesh is not None:
+        weights = plan.layout.weights_mesh(mesh)
+        for block in transformer.blocks:
+            shard(block, weights)
+        shard(transformer, weights)
+        shard(network.text, weights)  # by itself, as sampling asks it once and the transformer many times
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Cuts a module's weights over the ranks of a mesh; gradients are summed over them, as the loss already divides by all clips."""
+    fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+    module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def forget_activations(block: nn.Module, how: Recompute) -> None:
+    """Lets a block forget its activations and compute them again in the backward pass."""
+
+    def kept(context: object, operation: Callable, *arguments: object, **named: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts: dict[str, Any] = {"context_fn": lambda: create_selective_checkpoint_contexts(kept)} if how == "selective" else {}
+    # its forward is replaced and the block is not wrapped, so that parameters keep their names
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut over ranks; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, cut as another one is."""
+    if not isinstance(like, DTensor):
+        return value.to(like.device)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

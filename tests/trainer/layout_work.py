@@ -1,0 +1,132 @@
+"""What every rank of a test of layouts does: a small training, in real processes with real process groups."""
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from dit_video.data.plan import Step
+from dit_video.model.layers import initialise
+from dit_video.model.network import Network
+from dit_video.model.text import WordEncoder
+from dit_video.model.transformer import VideoTransformer
+from dit_video.objective.levels import LogitNormal
+from dit_video.objective.objective import Objective
+from dit_video.objective.tasks import FirstFrames, TextToVideo
+from dit_video.seeding import seeded
+from dit_video.shapes import Batch
+from dit_video.trainer.fit import Hardware, fit
+from dit_video.trainer.layout import Layout
+from dit_video.trainer.module import VideoDiffusion
+from dit_video.trainer.optim import Optimisers
+from dit_video.trainer.parallel import whole
+
+CLIPS, STEPS, MICRO_BATCHES = 5, 20, 12
+
+
+def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` gives in each rank of a world of processes, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
+        processes = [
+            context.Process(target=_rank, args=(rank, world_size, port, folder, work, arguments)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+        failed = [process.exitcode for process in processes if process.exitcode != 0]
+        for process in processes:
+            process.kill()
+        if failed:
+            told = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.error")))
+            raise AssertionError(f"ranks ended with {failed}\n{told}")
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(rank: int, world_size: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple) -> None:
+    if world_size > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+            "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        torch.save(work(*arguments), f"{folder}/{rank}.pt")
+    except BaseException:
+        import traceback
+
+        Path(folder, f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise
+
+
+def make_network(heads: int = 3) -> Network:
+    """Random everywhere, zero nowhere; three heads, so that two and four ranks do not divide them."""
+    transformer = VideoTransformer(patch=(2, 4, 4), width=24, depth=2, heads=heads, context_dim=16, pooled_dim=16)
+    network = Network(WordEncoder(dim=16, heads=2, buckets=64, max_words=12), transformer)
+    initialise(network, 0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(0, name, "away from zero"))
+    return network
+
+
+def batch_of(step: int, rank: int, world_size: int) -> Batch:
+    """A rank's part of a step of five clips, one of them a filler, as the loader deals it out."""
+    generator = torch.Generator().manual_seed(step)
+    video = torch.randint(0, 256, (CLIPS, 3, 8, 12, 3), generator=generator, dtype=torch.uint8)
+    weights = torch.ones(CLIPS)
+    weights[step % CLIPS] = 0
+    parts = Step(step, 0, step * CLIPS, torch.arange(CLIPS).numpy()).micro_batches(MICRO_BATCHES)[rank::world_size]
+    rows = [row for part in parts for row in (part or [-1])]  # an empty micro-batch is a filler
+    real = torch.tensor([row >= 0 for row in rows])
+    captions = ["" if row < 0 or row == 3 else f"clip number {row} of step {step} moves" for row in rows]
+    return Batch(
+        video[rows] * real[:, None, None, None, None], captions, [str(row) for row in rows], torch.tensor(rows).clamp(min=0) + step * CLIPS,
+        8.0, weights[rows] * real, [max(len(part), 1) for part in parts], CLIPS,
+    )  # fmt: skip
+
+
+class Recorder(L.Callback):
+    """Loss and gradient norm of every step."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: VideoDiffusion, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.found.append((float(outputs["loss"]), float(pl_module.gradient_norm)))
+
+
+def training(
+    layout: dict[str, int], recipe: dict[str, Any], dtype: str = "float64", steps: int = STEPS, **hardware: Any
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Loss and gradient norm of every step, and all weights and averages at the end."""
+    torch.set_default_dtype(getattr(torch, dtype))
+    shape = Layout(**layout)
+    machine = Hardware(devices=shape.world_size, precision="32-true", layout=shape, threads=1, **hardware)
+    objective = Objective({"t": TextToVideo(), "i": FirstFrames()}, LogitNormal())
+    module = VideoDiffusion(
+        make_network(), objective, Optimisers(warmup_clips=0, **recipe), max_clips=1000, ema_decay=0.9, parallel=machine.parallel
+    )
+    rank = int(os.environ.get("RANK", 0))
+    recorder = Recorder()
+    batches = (batch_of(step, shape.data_rank(rank), shape.data_size) for step in range(steps))
+    fit(module, batches, [recorder], [], machine)
+    weights = {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+    return recorder.found, weights

@@ -1,0 +1,131 @@
+"""A step is the same mathematics on any layout: real processes, float64, against one process."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import QUIET, SMALL, records, tensors
+
+sys.path.insert(0, str(Path(__file__).parent))
+from layout_work import run_ranks, training  # noqa: E402
+
+from dit_video.trainer.context import shares  # noqa: E402
+from dit_video.trainer.layout import Layout  # noqa: E402
+
+ADAMW, MUON = {"muon_lr": None}, {"muon_precision": "float64"}
+LAYOUTS = {
+    "ddp 2": {"replicate": 2}, "fsdp 2": {"shard": 2}, "fsdp 3": {"shard": 3}, "hsdp 2x2": {"replicate": 2, "shard": 2},
+    "context 2": {"context": 2}, "context 4": {"context": 4}, "fsdp x context 2x2": {"shard": 2, "context": 2},
+    "ddp x context 2x2": {"replicate": 2, "context": 2},
+}  # fmt: skip
+
+
+def furthest(one: Any, other: Any) -> float:
+    """The largest relative difference of losses, gradient norms and weights."""
+    (steps, weights), (other_steps, other_weights) = one, other
+    assert weights.keys() == other_weights.keys() and len(steps) == len(other_steps)
+    differences = [
+        abs(a - b) / abs(b) for pair, other in zip(steps, other_steps, strict=True) for a, b in zip(pair, other, strict=True)
+    ]
+    differences += [
+        float((weights[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)) for name, value in other_weights.items()
+    ]
+    return max(differences)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return {name: run_ranks(1, training, {}, recipe)[0] for name, recipe in (("adamw", ADAMW), ("muon", MUON))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_changes_nothing(alone: dict[str, Any], name: str) -> None:
+    layout = LAYOUTS[name]
+    found = run_ranks(Layout(**layout).world_size, training, layout, ADAMW)
+    assert all(furthest(each, found[0]) == 0 for each in found[1:])  # every rank knows the same
+    assert furthest(found[0], alone["adamw"]) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp 2", "fsdp 3", "hsdp 2x2", "fsdp x context 2x2"])
+def test_muon_on_cut_weights_is_muon(alone: dict[str, Any], name: str) -> None:
+    layout = LAYOUTS[name]
+    assert furthest(run_ranks(Layout(**layout).world_size, training, layout, MUON)[0], alone["muon"]) < 1e-9
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputing_changes_nothing(alone: dict[str, Any], how: str) -> None:
+    assert furthest(run_ranks(1, partial(training, {}, ADAMW, recompute=how))[0], alone["adamw"]) == 0
+
+
+def test_what_does_not_divide_is_shared_out() -> None:
+    assert shares(10, 4) == [3, 3, 2, 2] and shares(2, 3) == [1, 1, 0] and shares(6, 3) == [2, 2, 2]
+
+
+def test_layouts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.layout\.shard"):
+        Layout(shard=0)
+    assert [Layout(2, 2, 2).data_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["shard=2", "context=2"])
+def test_the_program_runs_under_torchrun_and_goes_on_with_another_number_of_ranks(
+    world_shards: Path, tmp_path: Path, layout: str
+) -> None:
+    """The record is that of one process; a checkpoint of two ranks is one that a single one takes up, and the other way round."""
+    words = [
+        *SMALL, f"runs={tmp_path}", f"data.shards={world_shards}/*.tar", "trainer.precision=32-true", "optimisers.muon_lr=null",
+        "every.record=24", "every.monitor=48", "every.sample=48", "every.validate=0", "every.evaluate=0", "every.save=24",
+    ]  # fmt: skip
+
+    def run(name: str, max_clips: int, ranks: int) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+        launcher, split = (torchrun, ["trainer.devices=2", f"trainer.layout.{layout}"]) if ranks > 1 else ([sys.executable], [])
+        program = ["-m", "dit_video.cli", "train", f"name={name}", f"max_clips={max_clips}", *words, *split]
+        done = subprocess.run([*launcher, *program], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run("alone", 96, 1)
+    run("two", 96, 2)
+    alone, two = (records(tmp_path / name) for name in ("alone", "two"))
+    assert [line["step"] for line in alone] == [line["step"] for line in two] == [3, 6, 9, 12]
+    for one, other in zip(alone, two, strict=True):
+        assert {name for name in one if name.startswith("train/")} == {name for name in other if name.startswith("train/")}
+        assert all(other[name] == pytest.approx(one[name], rel=1e-4) for name in one if name.startswith("train/loss"))
+    assert len(list((tmp_path / "two" / "samples").glob("*/contact_sheet.png"))) == 2
+    whole, cut = tensors(tmp_path / "alone"), tensors(tmp_path / "two")
+    assert whole.keys() == cut.keys()
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_taken_up_at_any_number_of_ranks(world_shards: Path, tmp_path: Path) -> None:
+    words = [
+        *SMALL, *QUIET, f"runs={tmp_path}", f"data.shards={world_shards}/*.tar", "trainer.precision=32-true", "optimisers.muon_lr=null",
+        "optimisers.decay_share=0", "every.record=8", "every.save=24",
+    ]  # fmt: skip
+
+    def run(name: str, max_clips: int, ranks: int) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+        launcher, split = (
+            (torchrun, [f"trainer.devices={ranks}", f"trainer.layout.shard={ranks}"]) if ranks > 1 else ([sys.executable], [])
+        )
+        program = ["-m", "dit_video.cli", "train", f"name={name}", f"max_clips={max_clips}", *words, *split]
+        done = subprocess.run([*launcher, *program], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run("straight", 96, 1)
+    for max_clips, ranks in ((24, 2), (48, 1), (72, 3), (96, 2)):
+        run("elastic", max_clips, ranks)
+    straight, elastic = (records(tmp_path / name) for name in ("straight", "elastic"))
+    assert [line["step"] for line in elastic] == [line["step"] for line in straight] == list(range(1, 13))
+    for one, other in zip(straight, elastic, strict=True):
+        assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
