@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from dit_video.trainer.callbacks.sampling import Sampling
 from dit_video.trainer.callbacks.saving import Saving
 from dit_video.trainer.callbacks.throughput import Throughput
 from dit_video.trainer.fit import Hardware, Spent, fit
+from dit_video.trainer.layout import over_ranks
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.optim import Optimisers
 from dit_video.trainer.record import JsonlRecord
@@ -230,7 +232,9 @@ def make_callbacks(
     every, sampler = config.every, make_sampler(config)
 
     def draw(module: VideoDiffusion, requests: Sequence[Request]) -> list[Any]:
-        return generate(make_trained(module.ema.network, module.objective), requests, sampler)
+        trained = make_trained(module.ema.network, module.objective)
+        share = partial(generate, trained, sampler=sampler)
+        return over_ranks(share, requests, lambda request: request.shape, module.parallel.layout)
 
     def flops_per_clip(module: VideoDiffusion, batch: Batch) -> float:
         grid = grid_of(batch.video, module.network.transformer.patch)

@@ -5,11 +5,16 @@ the weights each; replicas hold all of it again. What a step computes does not d
 """
 
 import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 NAMES = ("replicate", "shard", "context")
 
@@ -91,3 +96,23 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
         torch.distributed.all_reduce(value)
     return value
+
+
+def over_ranks(work: Callable[[list[T]], list[R]], items: Sequence[T], kind: Callable[[T], Hashable], layout: Layout) -> list[R]:
+    """What `work` makes of items, which ranks with clips of their own share out; every rank gets all of it, in order.
+
+    Every rank works on as many items of each kind as the others, some of them twice where they do not divide: networks whose weights are
+    cut over the ranks wait for each other at every call.
+    """
+    if layout.world_size == 1:
+        return work(list(items))
+    rank, size = layout.data_rank(torch.distributed.get_rank()), layout.data_size
+    kinds: dict[Hashable, list[int]] = {}
+    for number, item in enumerate(items):
+        kinds.setdefault(kind(item), []).append(number)
+    mine = [number for numbers in kinds.values() for number in [*numbers, *([numbers[-1]] * (-len(numbers) % size))][rank::size]]
+    made = dict(zip(mine, work([items[number] for number in mine]), strict=True))
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, made)
+    everything = {number: result for found in ranks for number, result in found.items()}
+    return [everything[number] for number in range(len(items))]

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_run import QUIET, SMALL, records, tensors
@@ -14,6 +15,7 @@ from small_run import QUIET, SMALL, records, tensors
 sys.path.insert(0, str(Path(__file__).parent))
 from layout_work import run_ranks, training  # noqa: E402
 
+from dit_video.data.video_file import read_video  # noqa: E402
 from dit_video.trainer.context import shares  # noqa: E402
 from dit_video.trainer.layout import Layout  # noqa: E402
 
@@ -83,6 +85,7 @@ def test_the_program_runs_under_torchrun_and_goes_on_with_another_number_of_rank
     words = [
         *SMALL, f"runs={tmp_path}", f"data.shards={world_shards}/*.tar", "trainer.precision=32-true", "optimisers.muon_lr=null",
         "every.record=24", "every.monitor=48", "every.sample=48", "every.validate=0", "every.evaluate=0", "every.save=24",
+        "sample_prompts=[a small red circle moves left,a blue square,a large green triangle moves up]", "sampler.precision=float32",
     ]  # fmt: skip
 
     def run(name: str, max_clips: int, ranks: int) -> None:
@@ -100,6 +103,11 @@ def test_the_program_runs_under_torchrun_and_goes_on_with_another_number_of_rank
         assert {name for name in one if name.startswith("train/")} == {name for name in other if name.startswith("train/")}
         assert all(other[name] == pytest.approx(one[name], rel=1e-4) for name in one if name.startswith("train/loss"))
     assert len(list((tmp_path / "two" / "samples").glob("*/contact_sheet.png"))) == 2
+    for made in (tmp_path / "alone" / "samples").glob(
+        "*/*.mp4"
+    ):  # prompts are shared out, and the clips are those of one process
+        one, other = (read_video(path)[0].astype(int) for path in (made, tmp_path / "two" / made.relative_to(tmp_path / "alone")))
+        assert np.abs(one - other).mean() < 0.5 and np.abs(one - other).max() <= 12  # what H.264 makes of a level
     whole, cut = tensors(tmp_path / "alone"), tensors(tmp_path / "two")
     assert whole.keys() == cut.keys()
     for name in whole:
