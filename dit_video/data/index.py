@@ -13,10 +13,11 @@ import logging
 import os
 import sys
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
+    @cached_property
     def checked(self) -> bool:
-        """Whether every member has a checksum."""
+        """Whether every member had a checksum when this was first asked."""
         return bool((self.member_checksum != NO_CHECKSUM).all())
 
     def members(self, row: int) -> dict[str, Member]:
@@ -342,6 +343,7 @@ class Clips:
         self._learned: dict[int, ShardIndex] = {}
         self._unsaved = 0
         self.starts = np.concatenate([[0], np.cumsum(self._look_through())]).astype(np.int64)
+        self._starts: list[int] = self.starts.tolist()  # which Python looks through faster, one at a time
 
     def _look_through(self) -> list[int]:
         """How many samples each shard has; shards without an index are indexed."""
@@ -362,8 +364,8 @@ class Clips:
 
     def record(self, number: int) -> ClipRecord:
         """Where sample `number` lies."""
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        index, row = self._index(shard), number - int(self.starts[shard])
+        shard = bisect_right(self._starts, number) - 1
+        index, row = self._index(shard), number - self._starts[shard]
         version = "" if index.checked else index.shard_version
         return ClipRecord(self.shards[shard], index.keys[row], index.members(row), version)
 

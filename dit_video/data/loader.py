@@ -25,6 +25,7 @@ from dit_video.data.plan import Plan, Step
 from dit_video.data.pool import DecodePool, Failure
 from dit_video.data.reader import ClipReader, Job
 from dit_video.data.report import DataReport, SourceReport
+from dit_video.data.shards import ClipRecord
 from dit_video.data.sources import Store
 from dit_video.seeding import fraction
 from dit_video.shapes import Batch
@@ -41,7 +42,8 @@ FILLER = "filler"  # the key of a micro-batch without a clip
 class _Entry:
     """A clip of the stream on its way into a batch."""
 
-    record: int
+    number: int  # of the clip among all
+    record: ClipRecord
     slot: int
     bucket: int
     cached: "_Cached | None"
@@ -268,8 +270,10 @@ class ClipLoader:
             step = self.plan.step(next(numbers))
             parts = step.micro_batches(self.micro_batches)[rank::world_size]
             entries = [
-                _Entry(record, step.first_slot + place, step.bucket, self._cache.get((step.bucket, record)))
-                for part in parts for place, record in zip(part, step.records[part.start : part.stop].tolist(), strict=True)
+                _Entry(
+                    number, self.clips.record(number), step.first_slot + place, step.bucket, self._cache.get((step.bucket, number))
+                )
+                for part in parts for place, number in zip(part, step.records[part.start : part.stop].tolist(), strict=True)
             ]  # fmt: skip
             planned.append(_Planned(step, parts, entries))
             return planned[-1]
@@ -280,7 +284,7 @@ class ClipLoader:
                 here = plan_next()
                 wanted = [entry for entry in here.entries if entry.cached is None]
                 for entry in wanted:
-                    yield Job(self.clips.record(entry.record), entry.slot, self.shapes[entry.bucket])
+                    yield Job(entry.record, entry.slot, self.shapes[entry.bucket])
                 here.idle = not wanted
                 if here.idle:  # without a job the steps that this rank has nothing to read for would all be planned at once
                     yield None
@@ -333,13 +337,12 @@ class ClipLoader:
             if not part:
                 next(rows)
             for row, entry in zip(itertools.islice(rows, len(part)), places, strict=False):
-                record = self.clips.record(entry.record)
-                slots[row], keys[row] = entry.slot, record.name
+                slots[row], keys[row] = entry.slot, entry.record.name
                 clip, bad = entry.cached, None
                 if clip is None:
                     outcome = next_outcome()
                     if isinstance(outcome, Failure):
-                        bad = BadClip(record, outcome.reason)
+                        bad = BadClip(entry.record, outcome.reason)
                     else:
                         pixels, waveform = self.reader.layout(shape, outcome.pixels)
                         video[row], starts[row] = torch.from_numpy(pixels), outcome.value.start
@@ -350,7 +353,7 @@ class ClipLoader:
                         if outcome.value.fixed:
                             self._keep(entry, clip)
                         if outcome.value.checksums:
-                            self.clips.learn(entry.record, outcome.value.checksums)
+                            self.clips.learn(entry.number, outcome.value.checksums)
                 else:
                     video[row], has_audio[row] = clip.video, clip.has_audio
                     if audio is not None and clip.audio is not None:
@@ -364,8 +367,8 @@ class ClipLoader:
 
     def _keep(self, entry: _Entry, clip: _Cached) -> None:
         size = self.reader.num_bytes(self.shapes[entry.bucket])
-        if self._cached_bytes + size <= self.cache_bytes and (entry.bucket, entry.record) not in self._cache:
-            self._cache[entry.bucket, entry.record] = replace(
+        if self._cached_bytes + size <= self.cache_bytes and (entry.bucket, entry.number) not in self._cache:
+            self._cache[entry.bucket, entry.number] = replace(
                 clip, video=clip.video.clone(), audio=None if clip.audio is None else clip.audio.clone()
             )
             self._cached_bytes += size

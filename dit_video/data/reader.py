@@ -176,6 +176,14 @@ def check_caption(text: str, max_chars: int) -> str:
         raise ValueError(f"the caption of {len(text)} characters is longer than max_caption_chars={max_chars}")
     if not text:
         raise ValueError("the caption is empty")
-    if any(letter == "\0" or 0xD800 <= ord(letter) < 0xE000 for letter in text):
+    if "\0" in text or not _is_whole(text):
         raise ValueError("the caption has a NUL or half a character in it")
     return text
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True

@@ -2,8 +2,9 @@
 
     .venv/bin/python experiments/benchmarks/loader.py 'data/footage/train/*.tar'
 
-One process and one thread each, interleaved in rounds over the same clips; frames a second of CPU time, and the middle of the rounds'
-ratios. Then the making of an index and the check of checksums beside reading the same bytes, all from a cold page cache.
+One process and one thread each, batch by batch in turns until each has met every clip equally often; frames a second of CPU time, and the
+ratios of the sums, with what they would be of other draws of the batches (bootstrap, 95%). Then the making of an index and the check of
+checksums beside reading the same bytes, all from a cold page cache.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from dit_video.data.loader import ClipLoader
 from dit_video.data.shards import write_shard
 from dit_video.data_tools.check import check_shards
 
-ROUNDS, BATCH = 11, 32
+BATCH = 32
 SHAPE = {"num_frames": 9, "height": 32, "width": 48, "fps": 8}
 
 
@@ -71,21 +72,27 @@ def plain(shards: str) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Found:
-    """Frames a second of CPU time, and the clip stream's over each other way's, round by round."""
+    """Seconds of CPU time of every batch, by way."""
 
-    rates: dict[str, float]
-    ratios: dict[str, list[float]]
+    seconds: dict[str, list[float]]
+
+    def rate(self, way: str) -> float:
+        """Frames a second."""
+        return BATCH * SHAPE["num_frames"] * len(self.seconds[way]) / sum(self.seconds[way])
 
     def over(self, other: str) -> float:
-        return statistics.median(self.ratios[other])
+        """How much faster the clip stream is."""
+        return sum(self.seconds[other]) / sum(self.seconds["clip stream"])
 
     def told(self, other: str) -> str:
-        found = self.ratios[other]
-        return f"{self.over(other):.3f} (of {len(found)} rounds least {min(found):.3f}, most {max(found):.3f})"
+        ours, theirs = np.array(self.seconds["clip stream"]), np.array(self.seconds[other])
+        draws = np.random.default_rng(0).integers(0, len(ours), (2000, len(ours)))
+        low, high = np.quantile(theirs[draws].sum(1) / ours[draws].sum(1), [0.025, 0.975])
+        return f"{self.over(other):.3f} (95% interval {low:.3f} to {high:.3f}, {len(ours)} batches each)"
 
 
 def measure(shards: str) -> Found:
-    """Each way for a pass, in turns; a round's ratio is of passes that ran right after each other."""
+    """Batches of each way in turns, in an order that turns too; after `count` batches each has met every clip BATCH times."""
     torch.set_num_threads(1)
     count = len(Clips(expand_shards(shards)))
     ways: dict[str, Callable[[str], Iterator[int]]] = {
@@ -96,16 +103,14 @@ def measure(shards: str) -> Found:
     running = {name: way(shards) for name, way in ways.items()}
     for batches in running.values():
         next(batches)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, batches in running.items():
-            started, clips = time.process_time(), 0
-            while clips < count:  # a pass, so that each meets the same clips
-                clips += next(batches)
-            rates[name].append(clips * SHAPE["num_frames"] / (time.process_time() - started))
-    ours = rates["clip stream"]
-    ratios = {name: [a / b for a, b in zip(ours, found, strict=True)] for name, found in rates.items() if found is not ours}
-    return Found({name: statistics.median(found) for name, found in rates.items()}, ratios)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(count):
+        for name in names[number % 3 :] + names[: number % 3]:
+            started = time.process_time()
+            next(running[name])
+            seconds[name].append(time.process_time() - started)
+    return Found(seconds)
 
 
 def measure_disk(clips: int = 800, clip_bytes: int = 2**21) -> dict[str, float]:
@@ -143,9 +148,9 @@ def measure_disk(clips: int = 800, clip_bytes: int = 2**21) -> dict[str, float]:
 
 def main(shards: str) -> None:
     found = measure(shards)
-    for name, rate in found.rates.items():
-        print(f"{name}: {rate:.0f} frames a second of CPU time")
-    for name in found.ratios:
+    for name in found.seconds:
+        print(f"{name}: {found.rate(name):.0f} frames a second of CPU time")
+    for name in ("decoding alone", "plain webdataset"):
         print(f"clip stream over {name}: {found.told(name)}")
     for name, rate in measure_disk().items():
         print(f"{name}: {rate / 2**20:.0f} MiB a second")

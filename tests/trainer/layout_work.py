@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dit_video.trainer.fit import Hardware, fit
 from dit_video.trainer.layout import Layout
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.optim import Optimisers
-from dit_video.trainer.parallel import whole
+from dit_video.trainer.parallel import local, whole
 
 CLIPS, STEPS, MICRO_BATCHES = 5, 20, 12
 
@@ -113,11 +113,10 @@ class Recorder(L.Callback):
         self.found.append((float(outputs["loss"]), float(pl_module.gradient_norm)))
 
 
-def training(
-    layout: dict[str, int], recipe: dict[str, Any], dtype: str = "float64", steps: int = STEPS, **hardware: Any
-) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """Loss and gradient norm of every step, and all weights and averages at the end."""
-    torch.set_default_dtype(getattr(torch, dtype))
+def trained(
+    layout: dict[str, int], recipe: dict[str, Any], steps: int, callbacks: Sequence[L.Callback] = (), **hardware: Any
+) -> VideoDiffusion:
+    """The module after so many steps on a layout, in torch's default type."""
     shape = Layout(**layout)
     machine = Hardware(devices=shape.world_size, precision="32-true", layout=shape, threads=1, **hardware)
     objective = Objective({"t": TextToVideo(), "i": FirstFrames()}, LogitNormal())
@@ -125,8 +124,43 @@ def training(
         make_network(), objective, Optimisers(warmup_clips=0, **recipe), max_clips=1000, ema_decay=0.9, parallel=machine.parallel
     )
     rank = int(os.environ.get("RANK", 0))
-    recorder = Recorder()
     batches = (batch_of(step, shape.data_rank(rank), shape.data_size) for step in range(steps))
-    fit(module, batches, [recorder], [], machine)
-    weights = {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
-    return recorder.found, weights
+    fit(module, batches, callbacks, [], machine)
+    return module
+
+
+def training(
+    layout: dict[str, int], recipe: dict[str, Any], dtype: str = "float64", steps: int = STEPS, **hardware: Any
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Loss and gradient norm of every step, and all weights and averages at the end."""
+    torch.set_default_dtype(getattr(torch, dtype))
+    recorder = Recorder()
+    module = trained(layout, recipe, steps, [recorder], **hardware)
+    return recorder.found, {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+
+
+def furthest(one: Any, other: Any) -> float:
+    """The largest relative difference of losses, gradient norms and weights."""
+    (steps, weights), (other_steps, other_weights) = one, other
+    assert weights.keys() == other_weights.keys() and len(steps) == len(other_steps)
+    differences = [
+        abs(a - b) / abs(b) for pair, other in zip(steps, other_steps, strict=True) for a, b in zip(pair, other, strict=True)
+    ]
+    differences += [
+        float((weights[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)) for name, value in other_weights.items()
+    ]
+    return max(differences)
+
+
+def held(layout: dict[str, int]) -> dict[str, int]:
+    """The numbers that a rank holds after a step, by kind."""
+    module = trained(layout, {"muon_lr": None}, 1)
+    parameters = list(module.network.parameters())
+    states = [
+        value for optimiser in module.named_optimisers.values() for state in optimiser.state.values() for value in state.values()
+    ]
+    kinds: dict[str, list[Tensor]] = {
+        "weights": [p.detach() for p in parameters], "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimiser": [value for value in states if value.ndim], "average": [p.detach() for p in module.ema.network.parameters()],
+    }  # fmt: skip
+    return {kind: sum(local(tensor).numel() for tensor in tensors) for kind, tensors in kinds.items()}

@@ -13,7 +13,7 @@ import torch
 from small_run import QUIET, SMALL, records, tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layout_work import run_ranks, training  # noqa: E402
+from layout_work import furthest, held, run_ranks, training  # noqa: E402
 
 from dit_video.data.video_file import read_video  # noqa: E402
 from dit_video.trainer.context import shares  # noqa: E402
@@ -25,19 +25,6 @@ LAYOUTS = {
     "context 2": {"context": 2}, "context 4": {"context": 4}, "fsdp x context 2x2": {"shard": 2, "context": 2},
     "ddp x context 2x2": {"replicate": 2, "context": 2},
 }  # fmt: skip
-
-
-def furthest(one: Any, other: Any) -> float:
-    """The largest relative difference of losses, gradient norms and weights."""
-    (steps, weights), (other_steps, other_weights) = one, other
-    assert weights.keys() == other_weights.keys() and len(steps) == len(other_steps)
-    differences = [
-        abs(a - b) / abs(b) for pair, other in zip(steps, other_steps, strict=True) for a, b in zip(pair, other, strict=True)
-    ]
-    differences += [
-        float((weights[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)) for name, value in other_weights.items()
-    ]
-    return max(differences)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +51,16 @@ def test_muon_on_cut_weights_is_muon(alone: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_recomputing_changes_nothing(alone: dict[str, Any], how: str) -> None:
     assert furthest(run_ranks(1, partial(training, {}, ADAMW, recompute=how))[0], alone["adamw"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_holds_its_share_of_everything(size: int) -> None:
+    """Weights, gradients, optimisers' state and averages; what does not divide is a row or two."""
+    whole = run_ranks(1, held, {})[0]
+    for mine in run_ranks(size, held, {"shard": size}):
+        for name, total in whole.items():
+            assert mine[name] / total == pytest.approx(1 / size, rel=0.1), name
 
 
 def test_what_does_not_divide_is_shared_out() -> None:
