@@ -67,7 +67,7 @@ def main(config: DictConfig) -> None:
     spent.add(meta.get("wall_seconds", 0.0), meta.get("core_seconds", 0.0))
     if meta["clips"] >= config.max_clips:
         log.info("%s is already trained on %d clips; raise max_clips, or choose another name", folder, meta["clips"])
-        if not (folder / "summary.json").is_file():  # it was cut off between its last checkpoint and its end
+        if first_rank() and not (folder / "summary.json").is_file():  # it was cut off between its last checkpoint and its end
             write_json(folder / "summary.json", summary(config, meta, spent))
             write_report(folder)
         return

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -207,8 +208,10 @@ class ClipLoader:
         return digest.hexdigest()[:16]
 
     def write_report(self, path: Path) -> None:
-        """What the data is, as JSON; a run that goes on compares its fingerprint."""
-        path.write_text(json.dumps(self.report.about() | {"fingerprint": self.fingerprint}, indent=2) + "\n")
+        """What the data is, as JSON; a run that goes on compares its fingerprint. Other ranks may be reading it, so it appears whole."""
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(self.report.about() | {"fingerprint": self.fingerprint}, indent=2) + "\n")
+        os.replace(draft, path)
 
     def _assign(self) -> np.ndarray:
         """The bucket of every clip; with one bucket, what the index does not know is left for the decoder to find out."""

@@ -43,12 +43,11 @@ class Hardware:
         for name in ("devices", "num_nodes"):
             if not str(getattr(self, name)).isdecimal() or int(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}; set trainer.{name}")
-        if not isinstance(self.layout, Layout):
-            self.layout = Layout.of(int(self.devices) * self.num_nodes, **self.layout)
+        sizes = vars(self.layout) if isinstance(self.layout, Layout) else self.layout
+        self.layout = Layout.of(int(self.devices) * self.num_nodes, **sizes)
+        _ = self.parallel  # which refuses what it cannot do
         if self.precision not in ("32-true", "bf16-mixed"):  # float16 would need its losses scaled
             raise ValueError(f"precision must be 32-true or bf16-mixed, got {self.precision!r}; set trainer.precision")
-        Layout.of(int(self.devices) * self.num_nodes, **vars(self.layout))
-        _ = self.parallel
         if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
             raise ValueError(f"threads must be a whole number of at least 1, or null, got {self.threads!r}; set trainer.threads")
         if self.accelerator not in ("cpu", "gpu", "cuda", "mps", "auto"):

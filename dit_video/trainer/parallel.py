@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -58,7 +58,7 @@ def parallelise(network: Network, plan: Parallel, mesh: DeviceMesh | None) -> No
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Cuts a module's weights over the ranks of a mesh; gradients are summed over them, as the loss already divides by all clips."""
-    fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+    fully_shard(module, mesh=mesh)
     module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
     module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 

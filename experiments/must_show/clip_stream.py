@@ -20,17 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shown import ROOT, line, show
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "data"))
-failed: list[str] = []
-
-
-def line(number: int, what: str, value: str, passed: bool | None = None) -> None:
-    verdict = "" if passed is None else "  PASS" if passed else "  FAIL"
-    print(f"[{number}] {what}: {value}{verdict}", flush=True)
-    if passed is False:
-        failed.append(f"[{number}] {what}")
 
 
 # --------------------------------------------------------------------------- 1: the sequence
@@ -469,12 +461,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--plan"]:
         plan_synthetic(Path(sys.argv[2]), int(sys.argv[3]))
         return 0
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(f"commit {commit}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d %H:%M')}", flush=True)
-    for number in map(int, sys.argv[1:] or map(str, LINES)):
-        LINES[number]()
-    print("everything shown" if not failed else f"FAILED: {'; '.join(failed)}")
-    return 1 if failed else 0
+    return show(LINES)
 
 
 if __name__ == "__main__":

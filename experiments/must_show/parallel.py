@@ -6,24 +6,14 @@
 A line ends in PASS or FAIL. Not yet built, and so not shown: faults (3), the plan's prediction (half of 5), launchers but torchrun (6).
 """
 
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from shown import ROOT, line, show
+
 sys.path[:0] = [str(ROOT / "tests" / "trainer"), str(ROOT / "tests")]
-failed: list[str] = []
-
-
-def line(number: int, what: str, value: str, passed: bool | None = None) -> None:
-    verdict = "" if passed is None else "  PASS" if passed else "  FAIL"
-    print(f"[{number}] {what}: {value}{verdict}", flush=True)
-    if passed is False:
-        failed.append(f"[{number}] {what}")
 
 
 def same_mathematics() -> None:
@@ -103,14 +93,5 @@ def shares() -> None:
 LINES: dict[int, Callable[[], None]] = {1: same_mathematics, 2: elastic, 4: shared_prompts, 5: shares}
 
 
-def main() -> int:
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(f"commit {commit}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d %H:%M')}", flush=True)
-    for number in map(int, sys.argv[1:] or map(str, LINES)):
-        LINES[number]()
-    print("everything shown" if not failed else f"FAILED: {'; '.join(failed)}")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(show(LINES))

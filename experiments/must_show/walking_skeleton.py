@@ -7,7 +7,6 @@ A line ends in PASS or FAIL. Runs that exist already under runs/ are not trained
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,18 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shown import ROOT, line, show
 
-ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
 QUICK_SEEDS = (0, 1, 2)
-failed: list[str] = []
-
-
-def line(number: int, what: str, value: str, passed: bool | None = None) -> None:
-    verdict = "" if passed is None else "  PASS" if passed else "  FAIL"
-    print(f"[{number}] {what}: {value}{verdict}", flush=True)
-    if passed is False:
-        failed.append(f"[{number}] {what}")
 
 
 def shell(*words: str) -> float:
@@ -184,17 +175,5 @@ LINES: dict[int, Callable[[], None]] = {
 }  # fmt: skip
 
 
-def main() -> int:
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(f"commit {commit}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d %H:%M')}", flush=True)
-    for number in map(int, sys.argv[1:] or map(str, LINES)):
-        try:
-            LINES[number]()
-        except (subprocess.CalledProcessError, OSError, KeyError) as error:
-            line(number, (LINES[number].__doc__ or "").strip(), f"did not finish: {error!r}", False)
-    print("everything shown" if not failed else f"FAILED: {'; '.join(failed)}")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(show(LINES))

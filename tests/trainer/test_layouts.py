@@ -73,36 +73,36 @@ def test_layouts_that_cannot_be_are_refused() -> None:
     assert [Layout(2, 2, 2).data_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def launch(ranks: int, *words: str) -> None:
+    """The training program as a user starts it, in so many processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    launcher = torchrun if ranks > 1 else [sys.executable]
+    program = ["-m", "dit_video.cli", "train", *words, f"trainer.devices={ranks}"]
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["shard=2", "context=2"])
-def test_the_program_runs_under_torchrun_and_goes_on_with_another_number_of_ranks(
-    world_shards: Path, tmp_path: Path, layout: str
-) -> None:
-    """The record is that of one process; a checkpoint of two ranks is one that a single one takes up, and the other way round."""
+def test_the_program_under_torchrun_does_what_one_process_does(world_shards: Path, tmp_path: Path, layout: str) -> None:
+    """The record, the samples and the checkpoint."""
     words = [
         *SMALL, f"runs={tmp_path}", f"data.shards={world_shards}/*.tar", "trainer.precision=32-true", "optimisers.muon_lr=null",
         "every.record=24", "every.monitor=48", "every.sample=48", "every.validate=0", "every.evaluate=0", "every.save=24",
         "sample_prompts=[a small red circle moves left,a blue square,a large green triangle moves up]", "sampler.precision=float32",
     ]  # fmt: skip
 
-    def run(name: str, max_clips: int, ranks: int) -> None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-        launcher, split = (torchrun, ["trainer.devices=2", f"trainer.layout.{layout}"]) if ranks > 1 else ([sys.executable], [])
-        program = ["-m", "dit_video.cli", "train", f"name={name}", f"max_clips={max_clips}", *words, *split]
-        done = subprocess.run([*launcher, *program], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    run("alone", 96, 1)
-    run("two", 96, 2)
+    launch(1, "name=alone", "max_clips=96", *words)
+    launch(2, "name=two", "max_clips=96", f"trainer.layout.{layout}", *words)
     alone, two = (records(tmp_path / name) for name in ("alone", "two"))
     assert [line["step"] for line in alone] == [line["step"] for line in two] == [3, 6, 9, 12]
     for one, other in zip(alone, two, strict=True):
         assert {name for name in one if name.startswith("train/")} == {name for name in other if name.startswith("train/")}
         assert all(other[name] == pytest.approx(one[name], rel=1e-4) for name in one if name.startswith("train/loss"))
     assert len(list((tmp_path / "two" / "samples").glob("*/contact_sheet.png"))) == 2
-    for made in (tmp_path / "alone" / "samples").glob(
-        "*/*.mp4"
-    ):  # prompts are shared out, and the clips are those of one process
+    films = sorted((tmp_path / "alone" / "samples").glob("*/*.mp4"))
+    assert len(films) == 2 * 3
+    for made in films:  # prompts are shared out, and the clips are those of one process
         one, other = (read_video(path)[0].astype(int) for path in (made, tmp_path / "two" / made.relative_to(tmp_path / "alone")))
         assert np.abs(one - other).mean() < 0.5 and np.abs(one - other).max() <= 12  # what H.264 makes of a level
     whole, cut = tensors(tmp_path / "alone"), tensors(tmp_path / "two")
@@ -118,18 +118,9 @@ def test_a_checkpoint_is_taken_up_at_any_number_of_ranks(world_shards: Path, tmp
         "optimisers.decay_share=0", "every.record=8", "every.save=24",
     ]  # fmt: skip
 
-    def run(name: str, max_clips: int, ranks: int) -> None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-        launcher, split = (
-            (torchrun, [f"trainer.devices={ranks}", f"trainer.layout.shard={ranks}"]) if ranks > 1 else ([sys.executable], [])
-        )
-        program = ["-m", "dit_video.cli", "train", f"name={name}", f"max_clips={max_clips}", *words, *split]
-        done = subprocess.run([*launcher, *program], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    run("straight", 96, 1)
+    launch(1, "name=straight", "max_clips=96", *words)
     for max_clips, ranks in ((24, 2), (48, 1), (72, 3), (96, 2)):
-        run("elastic", max_clips, ranks)
+        launch(ranks, "name=elastic", f"max_clips={max_clips}", f"trainer.layout.shard={ranks}", *words)
     straight, elastic = (records(tmp_path / name) for name in ("straight", "elastic"))
     assert [line["step"] for line in elastic] == [line["step"] for line in straight] == list(range(1, 13))
     for one, other in zip(straight, elastic, strict=True):
