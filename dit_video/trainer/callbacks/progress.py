@@ -55,7 +55,7 @@ class ProgressBar(L.Callback):
         every = max(pl_module.max_clips // LINES, 1)
         if not self.bar.console.is_terminal and (pl_module.clips // every > getattr(self, "lines", 0)):
             self.lines = pl_module.clips // every
-            left = (pl_module.max_clips - pl_module.clips) / max(speed, 1e-9)
+            left = max(pl_module.max_clips - pl_module.clips, 0) / max(speed, 1e-9)
             log.info("%d of %d clips, %s, %.0f s left", pl_module.clips, pl_module.max_clips, told, left)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
