@@ -4,6 +4,7 @@ import gc
 import http.client
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -154,8 +155,15 @@ def read_over_and_over(store: Store, address: str, ranges: list[tuple[int, int]]
 
 
 def collect_and_read(store: Store, address: str, where: tuple[int, int], pipe: Connection) -> None:
-    """Sends the bytes of a range, and the seconds that it took to let go of all that the parent process has left behind."""
-    start = time.monotonic()
+    """Sends the bytes of a range, and how often this process waits for a thread when it lets go of all that its parent has left behind."""
+    waits = []
+    wait = threading.Event.wait
+
+    def counted(self: threading.Event, timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        return wait(self, timeout)
+
+    threading.Event.wait = counted  # type: ignore[method-assign]
     gc.collect()
-    seconds = time.monotonic() - start
-    pipe.send((store.read(address, *where), seconds))
+    threading.Event.wait = wait  # type: ignore[method-assign]
+    pipe.send((store.read(address, *where), len(waits)))
