@@ -6,6 +6,8 @@ runs/<name>/config.yaml        the resolved config
             data.json          what the data is: clips of every bucket and source, what was refused
             skipped.jsonl      clips that could not be used, and why
             checkpoints/       verified, the newest last
+            skipped_steps.jsonl  steps that the weights did not follow, why, and their clips
+            hangs/             what a rank that hung was doing
             samples/           made while training
             evaluation/        clips of the latest evaluation, with index.jsonl
             evaluation.json    every metric with value, interval and count
@@ -13,10 +15,14 @@ runs/<name>/config.yaml        the resolved config
             report.html        all of it on one page
 """
 
+import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,8 @@ from dit_video.sampler.generate import Request, Sampler, Trained, generate
 from dit_video.trainer import checkpoint
 from dit_video.trainer.checkpoint import CheckpointError
 
+log = logging.getLogger(__name__)
+
 GALLERY_CLIPS, GALLERY_WRONG = 8, 3  # shown of every suite, and how many of them may be replaced by failures
 
 
@@ -47,7 +55,7 @@ class Run:
         if path is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint yet; train it first, or set run to another folder")
         network = make_network(self.config, device="cpu")
-        checkpoint.load_weights(network, checkpoint.load(path, ["ema"]).tensors["ema"], path)
+        checkpoint.load_weights(network, checkpoint.opened(path, checked=True), "ema")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
         self.sampler = make_sampler(self.config)
@@ -80,6 +88,38 @@ class Run:
         result.write(self.folder / "evaluation.json")
         write_report(self.folder)
         return result
+
+
+class Lock:
+    """A run's folder for one job alone, until the block that this opens ends, or the process; ValueError where it is taken.
+
+    A lock on a file of the system's, which leaves nothing to clean up after a crash; the file beside the folder says whose it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.parent / f".{folder.name}.lock"
+        self.file = path.open("a+")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            self.file.close()
+            raise ValueError(f"{folder} is being trained by {holder}; wait for it, stop it, or choose another name") from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): see to it that no second job trains the same run", path, error)
+        self.file.truncate(0)
+        self.file.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}\n"
+        )
+        self.file.flush()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()  # and so unlocked
 
 
 def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:

@@ -3,9 +3,12 @@
 import json
 import logging
 import math
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,8 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dit_video.build import check_whole, make, make_network, make_objective, make_sampler, make_trained, plain
 from dit_video.data.buckets import ClipShape
@@ -24,23 +26,27 @@ from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
 from dit_video.eval.report import write_report
 from dit_video.model.cost import TRAINING, flops_by_part
-from dit_video.model.layers import initialise
 from dit_video.model.text import split_words
-from dit_video.runs import read_yaml, write_json, write_text
+from dit_video.runs import Lock, read_yaml, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch, grid_of, token_grid
-from dit_video.trainer import checkpoint
+from dit_video.trainer import checkpoint, heart
 from dit_video.trainer.callbacks.evaluation import Evaluating, ValidationLoss
 from dit_video.trainer.callbacks.losses import LossRecord
 from dit_video.trainer.callbacks.monitor import Monitor
 from dit_video.trainer.callbacks.progress import ProgressBar
 from dit_video.trainer.callbacks.sampling import Sampling
 from dit_video.trainer.callbacks.saving import Saving
+from dit_video.trainer.callbacks.skipped import SkippedSteps
+from dit_video.trainer.callbacks.stopping import Stopping
 from dit_video.trainer.callbacks.throughput import Throughput
+from dit_video.trainer.checkpoint import Keep, Saved
+from dit_video.trainer.ema import check_decays
 from dit_video.trainer.fit import Hardware, Spent, fit
-from dit_video.trainer.layout import over_ranks
-from dit_video.trainer.module import VideoDiffusion
-from dit_video.trainer.optim import Optimisers
+from dit_video.trainer.heart import beat
+from dit_video.trainer.launch import STOPPED, join, launch, wants_launch
+from dit_video.trainer.layout import by_first_rank, over_ranks
+from dit_video.trainer.module import Begin, VideoDiffusion
 from dit_video.trainer.record import JsonlRecord
 
 log = logging.getLogger(__name__)
@@ -48,41 +54,63 @@ log = logging.getLogger(__name__)
 WORDS_OF_A_CAPTION = 16  # where the cost of a step is worked out; what counts is the clips' tokens
 ALL_AT_ONCE = {"sources": None, "micro_batches": 1}  # of held-out clips
 BESIDE_TRAINING = {
-    "accept_changed_data",
-    "trust", "logger", "runs", "every", "eval", "sampler", "sample_prompts", "keep_checkpoints", "profile", "validation",
+    "accept_changed_data", "accept_changed_config",
+    "trust", "logger", "runs", "every", "eval", "sampler", "sample_prompts", "checkpoints", "profile", "validation",
     "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path", "data.timeout_seconds", "data.worker_bytes",
     "data.remote_cache", "data.remote_cache_bytes", "data.micro_batches", "trainer.devices", "trainer.num_nodes", "trainer.layout",
-    "trainer.recompute", "trainer.compile", "trainer.threads",
+    "trainer.recompute", "trainer.compile", "trainer.threads", "trainer.gather_to_sample", "trainer.offload_ema", "trainer.max_hours",
+    "trainer.hang_seconds", "trainer.restarts", "optimisers.max_skips",
 }  # fmt: skip
 """Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
 
 
 def main(config: DictConfig) -> None:
-    """Trains the run that a config describes, or what is left of it."""
+    """Trains the run that a config describes, or what is left of it, in this process or, of several ranks, in one each."""
     spent = Spent()
     check(config)
+    hardware = Hardware(**plain(config.trainer))
+    layout = hardware.parallel.layout
+    if wants_launch(layout.world_size, hardware.restarts):
+        if hardware.num_nodes > 1:
+            raise ValueError(f"ranks on {hardware.num_nodes} machines are started by srun or torchrun on each; see the README")
+        if status := launch(int(hardware.devices), hardware.restarts, sys.argv[1:]):
+            raise SystemExit(status)
+        return
+    rank = join(layout.world_size, hardware.accelerator)
     folder = Path(config.runs) / config.name
-    resume = find_run(folder, config)
-    meta = checkpoint.load(resume, names=["ema"]).meta if resume else {"steps": 0, "clips": 0}
+    with ExitStack() as held:
+        by_first_rank(lambda: held.enter_context(Lock(folder)))
+        stopped = train(config, folder, hardware, rank, spent)
+    if stopped:
+        raise SystemExit(STOPPED)
+
+
+def train(config: DictConfig, folder: Path, hardware: Hardware, rank: int, spent: Spent) -> bool:
+    """Trains a run whose folder is this process's, or another rank's of the same run; says whether it was told to stop early."""
+    layout = hardware.parallel.layout
+    resume = by_first_rank(lambda: find_run(folder, config))
+    saved = checkpoint.opened(resume, checked=True) if resume else None
+    meta = saved.meta if saved else {"steps": 0, "clips": 0}
     spent.add(meta.get("wall_seconds", 0.0), meta.get("core_seconds", 0.0))
     if meta["clips"] >= config.max_clips:
         log.info("%s is already trained on %d clips; raise max_clips, or choose another name", folder, meta["clips"])
-        if first_rank() and not (folder / "summary.json").is_file():  # it was cut off between its last checkpoint and its end
+        if rank == 0 and not (folder / "summary.json").is_file():  # it was cut off between its last checkpoint and its end
             write_json(folder / "summary.json", summary(config, meta, spent))
             write_report(folder)
-        return
-    hardware, options = Hardware(**plain(config.trainer)), make_options(config, folder)
-    layout = hardware.parallel.layout
+        return False
+    options = make_options(config, folder)
     loader: ClipLoader = make(
         config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config), tokens=tokens_of(config),
         micro_batches=math.lcm(config.data.micro_batches, layout.data_size),
     )  # fmt: skip
-    if resume and not config.accept_changed_data:
-        check_data(folder / "data.json", loader)
-    module = make_module(config, resume, hardware)
-    callbacks = make_callbacks(config, folder, module, resume, spent)
+    if saved and not config.accept_changed_data:
+        by_first_rank(lambda: check_data(folder / "data.json", loader))
+    module = make_module(config, saved, hardware)
+    stopping = Stopping(hardware.max_hours)
+    about = {"config": plain(config), "code": commit(), "data": loader.fingerprint, "torch": str(torch.__version__)}
+    callbacks = [stopping, *make_callbacks(config, folder, module, saved, spent, about)]
     loggers: list[Logger] = []
-    if first_rank():
+    if rank == 0:
         open_run(folder, config, resume)
         loader.report.log()
         loader.write_report(folder / "data.json")
@@ -92,22 +120,36 @@ def main(config: DictConfig) -> None:
         logger.log_hyperparams(plain(config))
     log.info("training %s: %d parameters, %d clips of %d", folder, num_parameters(config), config.max_clips, loader.num_clips)
 
-    def batches() -> Iterator[Batch]:
-        rank = layout.data_rank(torch.distributed.get_rank()) if layout.world_size > 1 else 0  # known once training has begun
-        yield from until(config.max_clips, loader.batches(meta["steps"], rank, layout.data_size), meta["clips"])
-
-    fit(module, batches(), callbacks, loggers, hardware, **options)
+    data_rank = layout.data_rank(rank)
+    batches = until(config.max_clips, loader.batches(meta["steps"], data_rank, layout.data_size), meta["clips"])
+    with watched(folder / "hangs", hardware, rank):
+        fit(module, batches, callbacks, loggers, hardware, **options)
     for logger in loggers:
         logger.finalize("success")
-    if first_rank():
+    if stopping.stopped:
+        log.warning(
+            "%s stopped after %d of %d clips; started again, it goes on from there", folder, module.clips, config.max_clips
+        )
+        return True
+    if rank == 0:
         write_json(folder / "summary.json", summary(config, {"steps": module.steps, "clips": module.clips}, spent))
         write_report(folder)
     log.info("%s: %d clips in %.0f s (%.0f core-seconds)", folder, module.clips, spent.wall_seconds, spent.core_seconds)
+    return False
 
 
-def first_rank() -> bool:
-    """Whether this process is the one that writes; of several, started by torchrun, SLURM or Lightning, it is rank 0."""
-    return not getattr(rank_zero_only, "rank", 0)
+@contextmanager
+def watched(folder: Path, hardware: Hardware, rank: int) -> Iterator[None]:
+    """A supervisor watches the ranks of this machine for as long as the block lasts, where one is wanted."""
+    if hardware.hang_seconds is None:
+        yield
+        return
+    place, places = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    heart.start(folder, hardware.hang_seconds, rank, place, places)
+    try:
+        yield
+    finally:
+        heart.stop()
 
 
 def until(max_clips: int, batches: Iterator[Batch], clips: int) -> Iterator[Batch]:
@@ -135,23 +177,38 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"the data holds videos alone, the model has {', '.join(transformer.ends)}; set model.other_streams=null"
         )
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1), got {config.ema_decay}; set ema_decay")
+    check_decays(decays_of(config))
+    make_keep(config)
     make_objective(config)
     make_sampler(config)
     make(config.optimisers)
     Hardware(**plain(config.trainer))
 
 
+def decays_of(config: DictConfig) -> list[float]:
+    """The decays of the averaged weights, of which a config may name one or several."""
+    return list(config.ema_decay) if isinstance(config.ema_decay, ListConfig) else [config.ema_decay]
+
+
+def make_keep(config: DictConfig) -> Keep:
+    """Which checkpoints stay."""
+    return Keep(**{name: value for name, value in plain(config.checkpoints).items() if name != "asynchronous"})
+
+
 def find_run(folder: Path, config: DictConfig) -> Path | None:
     """The checkpoint where a run stopped, if it ever came to one; ValueError where the folder is another run's, or none's."""
+    checkpoint.clear_drafts(folder / "checkpoints")
     stored, resume = folder / "config.yaml", checkpoint.newest(folder / "checkpoints")
     if resume and stored.is_file():
         changed = differences(plain(read_yaml(stored)), plain(config))
-        if changed:
+        if changed and not config.accept_changed_config:
+            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise ValueError(
-                f"{folder} was trained with another config ({'; '.join(changed[:5])}); choose another name, or init_from={folder}"
+                f"{folder} was trained with another config ({'; '.join(changed[:5])}{more}); choose another name, init_from={folder}, or "
+                "set accept_changed_config=true"
             )
+        for difference in changed:
+            log.warning("CONFIG CHANGED on the way: %s", difference)
         log.info("going on from %s", resume)
         before = read_yaml(stored).max_clips
         if before != config.max_clips:
@@ -201,40 +258,45 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
     return [] if before == now else [f"{key}: {before} then, {now} now"]
 
 
-def make_module(config: DictConfig, resume: Path | None, hardware: Hardware) -> VideoDiffusion:
-    """The module with its weights: initialised from the seed, or taken over from another run."""
-    network = make_network(config)
-    initialise(network, config.seed)
-    if config.init_from and not resume:
-        take_over(network, Path(config.init_from))
-    optimisers: Optimisers = make(config.optimisers)
-    return VideoDiffusion(network, make_objective(config), optimisers, config.max_clips, config.ema_decay, hardware.parallel)
+def make_module(config: DictConfig, saved: Saved | None, hardware: Hardware) -> VideoDiffusion:
+    """The module; its weights have no memory yet, and begin as the seed says, or as another run's."""
+    network, optimisers = make_network(config), make(config.optimisers)
+    begin = find_start(network, Path(config.init_from)) if config.init_from and not saved else None
+    build = make(config.module, _partial_=True)  # Hydra would turn what it is given into plain data
+    module: VideoDiffusion = build(
+        network, make_objective(config), optimisers, config.max_clips, decays_of(config), hardware.parallel, config.seed, begin,
+        hardware.offload_ema,
+    )  # fmt: skip
+    return module
 
 
-def take_over(network: torch.nn.Module, run: Path) -> None:
-    """Starts from another run's averaged weights, and says of every key whether it was kept, is new or was dropped."""
-    path = checkpoint.newest(run / "checkpoints")
+def find_start(network: torch.nn.Module, run: Path) -> Begin:
+    """How a network starts from another run's averaged weights; says of every key whether it is kept, new or dropped."""
+    path = by_first_rank(lambda: checkpoint.newest(run / "checkpoints"))
     if path is None:
         raise checkpoint.CheckpointError(f"{run} holds no checkpoint to start from; set init_from to another run's folder")
-    found = checkpoint.warm_start(network, checkpoint.load(path, ["ema"]).tensors["ema"])
+    saved = checkpoint.opened(path, checked=True)
+    found = checkpoint.fitting(network, saved, "ema")
     if not found["kept"]:
         raise checkpoint.CheckpointError(f"{path} has no tensor of this model's names and shapes; set init_from, model or text")
-    log.info("started from %s: %s", path, ", ".join(f"{len(names)} {kind}" for kind, names in found.items()))
+    log.info("starting from %s: %s", path, ", ".join(f"{len(names)} {kind}" for kind, names in found.items()))
     for kind, names in found.items():
         for name in names:
             log.info("  %s %s", kind, name)
+    return partial(checkpoint.warm_start, saved=saved, group="ema")
 
 
 def make_callbacks(
-    config: DictConfig, folder: Path, module: VideoDiffusion, resume: Path | None, spent: Spent
+    config: DictConfig, folder: Path, module: VideoDiffusion, saved: Saved | None, spent: Spent, about: dict[str, Any]
 ) -> list[L.Callback]:  # fmt: skip
     """Everything that happens beside training; what it needs is made now, so that what cannot work is known now."""
     every, sampler = config.every, make_sampler(config)
 
     def draw(module: VideoDiffusion, requests: Sequence[Request]) -> list[Any]:
-        trained = make_trained(module.ema.network, module.objective)
-        share = partial(generate, trained, sampler=sampler)
-        return over_ranks(share, requests, lambda request: request.shape, module.parallel.layout)
+        beat("sampling")
+        share = partial(generate, make_trained(module.network, module.objective), sampler=sampler)
+        with module.averaged():
+            return over_ranks(share, requests, lambda request: request.shape, module.parallel.layout)
 
     def flops_per_clip(module: VideoDiffusion, batch: Batch) -> float:
         grid = grid_of(batch.video, module.network.transformer.patch)
@@ -268,7 +330,10 @@ def make_callbacks(
             data, shards=config.validation.shards, num_workers=0, max_clips=clips, random_start=False, **ALL_AT_ONCE
         )
         callbacks.append(ValidationLoss(every.validate, held_out.one_pass))
-    return [*callbacks, Saving(every.save, folder / "checkpoints", config.keep_checkpoints, resume, spent)]
+    saving = Saving(
+        every.save, folder / "checkpoints", make_keep(config), saved, spent, about, asynchronous=config.checkpoints.asynchronous
+    )
+    return [*callbacks, SkippedSteps(folder / "skipped_steps.jsonl"), saving]
 
 
 def cost_of(config: DictConfig) -> Callable[[ClipShape], float]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 SMALL = (
     "logger=none", "model.width=32", "model.depth=2", "model.heads=2", "text.dim=32", "text.buckets=64", "data.batch_size=8",
@@ -28,9 +27,11 @@ def train(shards: Path, runs: Path, name: str, *words: object) -> int:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint: weights, average and optimisers'."""
-    newest = max((run / "checkpoints").glob("step-*"))
-    return {f"{path.stem}/{key}": value for path in newest.glob("*.safetensors") for key, value in load_file(path).items()}
+    """Every tensor of a run's newest checkpoint: weights, averages and optimisers', by whatever number of ranks it was written."""
+    from dit_video.trainer.checkpoint import opened
+
+    saved = opened(max((run / "checkpoints").glob("step-*")))
+    return {f"{group}/{key}": value for group in saved.groups for key, value in saved.tensors(group).items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -152,11 +152,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
     shutil.copytree(straight, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").glob("*/ema.safetensors"):
         path.write_bytes(b"")
-    before = files_of(tmp_path)
+    before = files_of(tmp_path / "run")
     capsys.readouterr()
     assert train(world_shards, tmp_path, "run", *LENGTH) == 1
     assert "all 2 checkpoints" in capsys.readouterr().err
-    assert files_of(tmp_path) == before
+    assert files_of(tmp_path / "run") == before
 
 
 @pytest.mark.slow
@@ -328,27 +328,40 @@ class Poison(nn.Module):
 """
 
 
-def test_nan_stops_the_run_and_spoils_nothing(
-    straight: Path, world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_step_that_is_no_number_is_left_out_and_told_and_many_in_a_row_stop_the_run(
+    world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "poison.py").write_text(POISON)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     poison = ("trust=poison", "+objective.extra.poison._target_=poison.Poison", "+objective.extra.poison.slot=67")
-    assert train(world_shards, tmp_path, "run", *LENGTH, *poison) == 1
-    (line,) = capsys.readouterr().err.splitlines()
     loader = ClipLoader(f"{world_shards}/*.tar", 8, 9, 32, 32, 8)
     clip = loader.clips.record(int(loader.plan.step(8).records[67 - 64])).name
-    assert "the loss of step 8 is not finite" in line and f"clips: {clip};" in line and "the weights were not changed" in line
+
+    assert train(world_shards, tmp_path, "run", *LENGTH, *poison) == 0
     run = tmp_path / "run"
-    assert [path.name for path in checkpoint.listed(run / "checkpoints")] == ["step-00000003", "step-00000006"]
+    (told,) = [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
+    assert told["step"] == 8 and told["reason"] == "the loss is nan" and len(told["clips"]) == 8
+    assert [key for key, loss in told["clips"].items() if loss == "nan"] == [clip]
     assert all(torch.isfinite(value).all() for value in tensors(run).values())
-    assert [line["step"] for line in records(run)] == [3, 6]
+    assert [line["step"] for line in records(run)] == [3, 6, 9, 12]
+    assert all(math.isfinite(line["train/loss"]) for line in records(run))
+    assert [line["skipped_steps"] for line in records(run, "skipped_steps")] == [1]
+
+    capsys.readouterr()
+    assert train(world_shards, tmp_path, "strict", *LENGTH, *poison, "optimisers.max_skips=1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the latest is 8: the loss is nan" in line and f"clips: {clip};" in line and "the weights are those before" in line
+    strict = tmp_path / "strict"
+    assert [path.name for path in checkpoint.listed(strict / "checkpoints")] == ["step-00000003", "step-00000006"]
+    assert json.loads((strict / "skipped_steps.jsonl").read_text())["step"] == 8
+    assert [line["step"] for line in records(strict)] == [3, 6]
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_the_next_goes_on(
-    straight: Path, world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_stays_full_ends_the_run_and_the_next_goes_on(
+    straight: Path, world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     with monkeypatch.context() as patch:
         cut_off(patch, 5, ValueError("the shards are gone"))
         assert train(world_shards, tmp_path, "run", *LENGTH) == 1
@@ -362,7 +375,10 @@ def test_a_disk_that_fills_up_ends_the_run_and_the_next_goes_on(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "could not save" in line and "step-00000006" in line and "earlier checkpoints are untouched" in line
+    assert "could not save" in line and "step-00000009" in line and "earlier checkpoints are untouched" in line
+    assert (
+        "step-00000006" in caplog.text and "training goes on, and saves again later" in caplog.text
+    )  # the first time it is told
     assert files_of(run / "checkpoints") == kept and sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-00000003"
     ]

@@ -1,6 +1,7 @@
 """The parts every network here is made of: rotary positions, modulation, SwiGLU, and initialisation by (seed, name)."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -41,24 +42,39 @@ def _rule(parameter: Tensor, std: float, mean: float | Tensor) -> None:
     parameter.initial = (std, mean)  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
-def initialise(module: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:
-    """Sets every parameter from (seed, its name), so that a sharded or meta-device start equals a single-process start.
+Rule = tuple[float, float | Tensor]
+"""How a parameter begins: normal with a standard deviation around a mean."""
 
-    A module on the meta device is given memory on `device` first.
-    """
+
+def rules_of(module: nn.Module) -> dict[str, Rule]:
+    """How every parameter begins, by name; ValueError where one does not say."""
     rules = {name: getattr(parameter, "initial", None) for name, parameter in module.named_parameters()}
     lawless = [name for name, rule in rules.items() if rule is None]
     if lawless:
         raise ValueError(f"{lawless[0]} has no initialisation; make it with `linear` or `learned` of dit_video.model.layers")
+    return rules  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def initialise(
+    module: nn.Module,
+    seed: int,
+    rules: Mapping[str, Rule] | None = None,  # taken before the weights were cut or given memory, where they were
+    put: Callable[[Tensor, Tensor], object] = Tensor.copy_,  # how a weight takes its values, of which it may be a part
+) -> None:
+    """Sets every parameter from (seed, its name), so that a sharded or meta-device start equals a single-process start.
+
+    A module on the meta device is given memory on the CPU first.
+    """
+    rules = rules_of(module) if rules is None else rules
     if any(parameter.is_meta for parameter in module.parameters()):
-        module.to_empty(device=device)  # makes new parameters, which no longer know their rule
+        module.to_empty(device="cpu")  # makes new parameters, which no longer know their rule
     for name, parameter in module.named_parameters():
-        std, mean = rules[name]  # type: ignore[misc]
+        std, mean = rules[name]
         values = torch.zeros(parameter.shape) + mean.cpu() if isinstance(mean, Tensor) else torch.full(parameter.shape, mean)
         if std:
             values += std * torch.randn(parameter.shape, generator=seeded(seed, name))
-        parameter.copy_(values)
+        put(parameter, values)
 
 
 class RMSNorm(nn.Module):

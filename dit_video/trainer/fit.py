@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
 from dit_video.trainer.layout import Layout, MeshStrategy
@@ -32,12 +33,17 @@ class Hardware:
     layout: Layout | dict[str, int | None] = field(default_factory=Layout)  # of all devices on all nodes
     recompute: Recompute = "none"
     compile: bool = False
+    gather_to_sample: bool = True
+    offload_ema: bool = False
+    max_hours: float | None = None
+    hang_seconds: float | None = None
+    restarts: int = 0
 
     @property
     def parallel(self) -> Parallel:
         """How the networks are laid out over the devices."""
         assert isinstance(self.layout, Layout)
-        return Parallel(self.layout, self.recompute, self.compile)
+        return Parallel(self.layout, self.recompute, self.compile, self.gather_to_sample)
 
     def __post_init__(self) -> None:
         for name in ("devices", "num_nodes"):
@@ -50,6 +56,12 @@ class Hardware:
             raise ValueError(f"precision must be 32-true or bf16-mixed, got {self.precision!r}; set trainer.precision")
         if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
             raise ValueError(f"threads must be a whole number of at least 1, or null, got {self.threads!r}; set trainer.threads")
+        for name in ("max_hours", "hang_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be more than 0, or null, got {value!r}; set trainer.{name}")
+        if not isinstance(self.restarts, int) or self.restarts < 0:
+            raise ValueError(f"restarts must be a whole number of at least 0, got {self.restarts!r}; set trainer.restarts")
         if self.accelerator not in ("cpu", "gpu", "cuda", "mps", "auto"):
             raise ValueError(f"accelerator must be cpu, gpu, mps or auto, got {self.accelerator!r}; set trainer.accelerator")
 
@@ -94,6 +106,9 @@ def fit(
         num_nodes=hardware.num_nodes,
         strategy=hardware.strategy if layout.world_size == 1 else MeshStrategy(layout),
         precision=hardware.precision,  # type: ignore[arg-type]
+        plugins=[LightningEnvironment()]
+        if layout.world_size == 1
+        else None,  # or it would take a job of one process in SLURM for many
         max_epochs=1,  # the batches are all that is left of the run
         callbacks=list(callbacks),
         logger=loggers,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -80,6 +81,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(data_parallel_size=layout.data_size, tensor_parallel_size=layout.context)
+        self.cluster_environment = TorchElasticEnvironment()  # whose variables launch.py has set, whoever started the ranks
         self.layout = layout
 
     def setup_environment(self) -> None:
@@ -98,11 +100,39 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def all_gathered(mine: T) -> list[T]:
+    """What every rank hands in, which can be any plain object, in the order of the ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+def by_first_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; where it fails, rank 0 raises the error and the others end without a word."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return work()
+    mine: tuple[Any, BaseException | None] = (None, None)
+    first = torch.distributed.get_rank() == 0
+    if first:
+        try:
+            mine = (work(), None)
+        except Exception as error:
+            mine = (None, error)
+    failed, value = all_gathered((mine[1] is not None, mine[0]))[0]
+    if mine[1] is not None:
+        raise mine[1]
+    if failed:
+        raise SystemExit(1)
+    return value
+
+
 def over_ranks(work: Callable[[list[T]], list[R]], items: Sequence[T], kind: Callable[[T], Hashable], layout: Layout) -> list[R]:
     """What `work` makes of items, which ranks with clips of their own share out; every rank gets all of it, in order.
 
     Every rank works on as many items of each kind as the others, some of them twice where they do not divide: networks whose weights are
-    cut over the ranks wait for each other at every call.
+    cut over the ranks wait for each other at every call. RuntimeError, on every rank, where the work of one fails.
     """
     if layout.world_size == 1:
         return work(list(items))
@@ -111,8 +141,15 @@ def over_ranks(work: Callable[[list[T]], list[R]], items: Sequence[T], kind: Cal
     for number, item in enumerate(items):
         kinds.setdefault(kind(item), []).append(number)
     mine = [number for numbers in kinds.values() for number in [*numbers, *([numbers[-1]] * (-len(numbers) % size))][rank::size]]
-    made = dict(zip(mine, work([items[number] for number in mine]), strict=True))
-    ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, made)
-    everything = {number: result for found in ranks for number, result in found.items()}
+    made: dict[int, R] = {}
+    problem = None
+    try:
+        made = dict(zip(mine, work([items[number] for number in mine]), strict=True))
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    found = all_gathered((made, problem))
+    for number, (_, told) in enumerate(found):
+        if told is not None:
+            raise RuntimeError(f"rank {number}: {told}")
+    everything = {number: result for made, _ in found for number, result in made.items()}
     return [everything[number] for number in range(len(items))]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dit_video.model.layers import Linear
+from dit_video.trainer.guard import Guard
 from dit_video.trainer.parallel import local
 
 
@@ -140,11 +141,18 @@ class Optimisers:
         decay_share: float = 1.0,  # of the run, over which the learning rate falls to zero
         clip_norm: float | None = 1.0,  # bound of the gradient's norm
         muon_precision: Literal["bfloat16", "float32", "float64"] = "bfloat16",  # of the iteration that orthogonalises
+        max_skips: int = 10,  # steps whose loss or gradient is no number are left out; so many in a row stop the run
+        spike: float | None = None,  # a step whose gradient norm is so many times the running one is left out too; none: never
     ) -> None:
         if not 0 <= decay_share <= 1:
             raise ValueError(f"decay_share must be in [0, 1], got {decay_share}; set optimisers.decay_share")
         if muon_precision not in ("bfloat16", "float32", "float64"):
             raise ValueError(f"precision is bfloat16, float32 or float64, got {muon_precision!r}; set optimisers.muon_precision")
+        if not isinstance(max_skips, int) or max_skips < 1:
+            raise ValueError(f"max_skips must be a whole number of at least 1, got {max_skips!r}; set optimisers.max_skips")
+        if spike is not None and not spike > 1:
+            raise ValueError(f"spike must be more than 1, or null, got {spike!r}; set optimisers.spike")
+        self.max_skips, self.spike = max_skips, spike
         self.muon_dtype = getattr(torch, muon_precision)
         self.muon_lr, self.adamw_lr, self.betas, self.momentum = muon_lr, adamw_lr, (betas[0], betas[1]), momentum
         self.weight_decay, self.warmup_clips, self.decay_share, self.clip_norm = (
@@ -153,6 +161,10 @@ class Optimisers:
             decay_share,
             clip_norm,
         )
+
+    def make_guard(self) -> Guard:
+        """What decides which steps the weights follow."""
+        return Guard(self.spike, self.max_skips)
 
     def build(self, module: nn.Module) -> dict[str, torch.optim.Optimizer]:
         """The optimisers of a module, by name."""

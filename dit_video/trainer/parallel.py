@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dit_video.model.network import Network
@@ -32,6 +33,7 @@ class Parallel:
     layout: Layout = field(default_factory=Layout)
     recompute: Recompute = "none"  # activations in the backward pass: none, all but matrix products, or all
     compile: bool = False  # every block, by torch.compile
+    gather_to_sample: bool = True  # every rank holds all of the averaged weights while it samples, and waits for no other
 
     def __post_init__(self) -> None:
         if self.recompute not in ("none", "selective", "full"):
@@ -58,7 +60,7 @@ def parallelise(network: Network, plan: Parallel, mesh: DeviceMesh | None) -> No
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Cuts a module's weights over the ranks of a mesh; gradients are summed over them, as the loss already divides by all clips."""
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
     module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
     module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 
@@ -84,8 +86,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def place_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut as another one is."""
+def rows_of(like: Tensor) -> slice:
+    """Which rows of a weight this rank holds; all of them where it is not cut."""
     if not isinstance(like, DTensor):
-        return value.to(like.device)
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+        return slice(0, like.shape[0] if like.ndim else 1)
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return slice(offset[0], offset[0] + shape[0])
+
+
+@torch.no_grad()
+def copy_whole(weight: Tensor, values: Tensor) -> None:
+    """Puts values for all of a weight into the part of it that this rank holds."""
+    own = local(weight)
+    own.copy_(values[rows_of(weight)] if isinstance(weight, DTensor) else values)

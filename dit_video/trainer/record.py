@@ -5,8 +5,11 @@ import logging
 import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Thread
 from typing import Any
 
 import lightning as L
@@ -56,11 +59,18 @@ def _step_of(line: str) -> int:
 
 
 class Mirror(Logger):
-    """A logger that never stops training: its first failure is told, then it is left alone."""
+    """A logger of someone else's that cannot stop or slow down training: it is made, fed and closed in a thread of its own.
 
-    def __init__(self, make: Any) -> None:
+    Its first failure is told, then it is left alone; where it is too slow, what does not fit into its queue is left out of it.
+    """
+
+    def __init__(self, make: Callable[[], Logger], patience: float = 30.0, room: int = 1000) -> None:
         super().__init__()
-        self.target: Logger | None = self._try("starting", make)
+        self.patience = patience  # seconds that its closing is waited for
+        self.calls: Queue[tuple[str, Callable[[Logger], object]] | None] = Queue(room)
+        self.failed = self.full = False
+        self.thread = Thread(target=self._work, args=(make,), daemon=True, name="mirror")
+        self.thread.start()
 
     @property
     def name(self) -> str:
@@ -70,33 +80,61 @@ class Mirror(Logger):
     def version(self) -> str:
         return ""
 
-    def _try(self, what: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+    def _work(self, make: Callable[[], Logger]) -> None:
+        what = "starting"
         try:
-            return call(*args, **kwargs)
-        except Exception as error:  # whatever a service of others does, the run goes on
+            target = make()
+            while (call := self.calls.get()) is not None:
+                what, work = call
+                work(target)
+            what = "closing"
+            target.finalize("success")
+            if isinstance(target, WandbLogger):
+                target.experiment.finish()
+        except BaseException as error:  # whatever a service of others does, the run goes on
+            self.failed = True
             log.warning("a logger failed while %s and is left out from here on: %s", what, error)
-            self.target = None
+
+    def _put(self, what: str, work: Callable[[Logger], object]) -> None:
+        if self.failed:
+            return
+        try:
+            self.calls.put_nowait((what, work))
+        except Full:
+            if not self.full:
+                log.warning("a logger does not keep up; what it misses is in metrics.jsonl all the same")
+            self.full = True
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        if self.target is not None:
-            self._try("taking the config", self.target.log_hyperparams, params)
+        self._put("taking the config", lambda target: target.log_hyperparams(params))  # type: ignore[arg-type]
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if self.target is not None:
-            self._try("taking metrics", self.target.log_metrics, dict(metrics), step)
+        values = dict(metrics)
+        self._put("taking metrics", lambda target: target.log_metrics(values, step))
 
     def log_video(self, name: str, paths: list[str], captions: list[str], step: int) -> None:
         """Shows mp4 files, where the service can."""
-        if isinstance(self.target, WandbLogger):
-            self._try(
-                "taking videos", self.target.log_video, name, paths, step=step, caption=captions, format=["mp4"] * len(paths)
-            )
+
+        def show(target: Logger) -> None:
+            if isinstance(target, WandbLogger):
+                target.log_video(name, paths, step=step, caption=captions, format=["mp4"] * len(paths))
+
+        self._put("taking videos", show)
 
     def finalize(self, status: str) -> None:
-        if self.target is not None:
-            self._try("closing", self.target.finalize, status)
-        if isinstance(self.target, WandbLogger):
-            self._try("closing", self.target.experiment.finish)
+        """Waits, for a while, until all of it is handed on."""
+        if self.failed or not self.thread.is_alive():
+            return
+        with suppress(Full):
+            self.calls.put(None, timeout=self.patience)
+        self.thread.join(self.patience)
+        if self.thread.is_alive():
+            self.failed = True
+            with suppress(Empty):  # what waits is given up, so that the thread ends if it is ever let
+                while True:
+                    self.calls.get_nowait()
+            self.calls.put(None)
+            log.warning("a logger did not close within %g s and is left alone", self.patience)
 
 
 def wandb_mirror(folder: Path, project: str = "dit_video", mode: str = "offline", name: str | None = None) -> Mirror:
@@ -123,6 +161,7 @@ def tensorboard_mirror(folder: Path) -> Mirror:
 
 def record(trainer: L.Trainer, module: VideoDiffusion, metrics: Mapping[str, float]) -> None:
     """Sends numbers to the record and its mirrors, with the step and the clips they belong to."""
+    module.latest |= {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics({"clips": module.clips, **metrics}, step=module.steps)

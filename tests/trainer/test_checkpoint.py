@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dit_video.trainer import checkpoint
-from dit_video.trainer.checkpoint import Checkpoint, CheckpointError, listed, load, newest, save, verify
+from dit_video.trainer.checkpoint import Checkpoint, CheckpointError, Keep, Saved, listed, load, newest, opened, save, verify
 from dit_video.trainer.optim import Optimisers
 
 
@@ -149,10 +149,10 @@ def test_a_damaged_checkpoint_is_saved_anew_and_counts_for_nothing(folder: Path)
     assert [path.name for path in listed(folder)] == ["step-00000040", "step-00000050"]
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 2, 3])
 def test_at_least_two_are_kept(tmp_path: Path, keep: int) -> None:
     for steps in range(1, 6):
-        save(tmp_path, make(steps), keep)
+        save(tmp_path, make(steps), Keep(keep))
     assert len(listed(tmp_path)) == max(keep, 2)
     assert newest(tmp_path) == tmp_path / "step-00000005"
 
@@ -191,28 +191,35 @@ def test_a_pickle_under_a_safe_name_is_refused_and_not_executed(folder: Path, tm
     canary, path = tmp_path / "canary", folder / "step-00000030"
     (path / "ema.safetensors").write_bytes(pickle.dumps({"a.weight": Bomb(canary)}))
     sums = json.loads((path / checkpoint.MANIFEST).read_text())
-    sums["ema.safetensors"] = checkpoint._sha256(path / "ema.safetensors")
+    sums["ema.safetensors"] = checkpoint._sum(path / "ema.safetensors")
     (path / checkpoint.MANIFEST).write_text(json.dumps(sums))  # by someone who can count
     for names in (["ema"], None):
         with pytest.raises(CheckpointError, match="step-00000030 cannot be used"):
             load(path, names)
     assert not canary.exists()
-    with pytest.raises(CheckpointError, match="cannot be used"):
+    with pytest.raises(CheckpointError, match="has no objective, only ema, network"):
         load(folder / "step-00000020", ["objective"])  # a group that it does not have
 
 
-def test_weights_of_another_model_are_refused_by_name_before_anything_changes(make_network: Callable[..., Any]) -> None:
+def saved_of(folder: Path, steps: int = 1, **tensors: dict[str, torch.Tensor]) -> Saved:
+    """A checkpoint of these groups, open."""
+    return opened(save(folder, Checkpoint(tensors, {"steps": steps, "clips": steps})))
+
+
+def test_weights_of_another_model_are_refused_by_name_before_anything_changes(
+    make_network: Callable[..., Any], tmp_path: Path
+) -> None:
     network, other = make_network(), make_network(width=48, seed=1)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"of another model .*model \(.*\), checkpoint \(.*\).*set model"):
-        checkpoint.load_weights(network, other.state_dict(), Path("somewhere"))
+        checkpoint.load_weights(network, saved_of(tmp_path, 1, ema=other.state_dict()), "ema")
     fewer = {name: value + 1 for name, value in list(network.state_dict().items())[:-1]}
     with pytest.raises(CheckpointError, match="checkpoint has none"):
-        checkpoint.load_weights(network, fewer, Path("somewhere"))
+        checkpoint.load_weights(network, saved_of(tmp_path, 2, ema=fewer), "ema")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_optimisers_come_back_to_the_bit(make_network: Callable[..., Any]) -> None:
+def test_optimisers_come_back_to_the_bit(make_network: Callable[..., Any], tmp_path: Path) -> None:
     def run(network: Any, optimisers: list[torch.optim.Optimizer], steps: range) -> None:
         for step in steps:
             for number, parameter in enumerate(network.parameters()):
@@ -230,29 +237,148 @@ def test_optimisers_come_back_to_the_bit(make_network: Callable[..., Any]) -> No
     run(stopped, list(first.values()), range(3))
     resumed.load_state_dict(stopped.state_dict())
     second = Optimisers().build(resumed)
-    for name, optimiser in first.items():
-        state = checkpoint.optimiser_state(optimiser, names(stopped))
-        assert state and all(isinstance(value, torch.Tensor) for value in state.values())
-        checkpoint.restore_optimiser(second[name], names(resumed), state)
+    states = {name: checkpoint.optimiser_state(optimiser, names(stopped)) for name, optimiser in first.items()}
+    saved = saved_of(tmp_path, **states)
+    for name, optimiser in second.items():
+        assert states[name] and all(isinstance(value, torch.Tensor) for value in states[name].values())
+        checkpoint.restore_optimiser(optimiser, names(resumed), saved, name)
     run(resumed, list(second.values()), range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    elsewhere = saved_of(tmp_path, 2, muon={"elsewhere.weight/momentum": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="knows elsewhere.weight, the model does not"):
-        checkpoint.restore_optimiser(second["muon"], names(resumed), {"elsewhere.weight/momentum": torch.zeros(1)})
+        checkpoint.restore_optimiser(second["muon"], names(resumed), elsewhere, "muon")
 
 
-def test_warm_start_takes_what_fits_and_lists_the_rest(make_network: Callable[..., Any]) -> None:
+def test_warm_start_takes_what_fits_and_lists_the_rest(make_network: Callable[..., Any], tmp_path: Path) -> None:
     source = make_network(seed=1).state_dict()
     twin = make_network()
-    found = checkpoint.warm_start(twin, source)
+    saved = saved_of(tmp_path, 1, ema=source)
+    found = checkpoint.fitting(twin, saved, "ema")
+    checkpoint.warm_start(twin, saved, "ema")
     assert found == {"kept": sorted(source), "new": [], "dropped": []}
     assert all(torch.equal(value, source[name]) for name, value in twin.state_dict().items())
 
     other = make_network(patch=(2, 8, 8), depth=3)
     own = {name: value.clone() for name, value in other.state_dict().items()}
-    found = checkpoint.warm_start(other, {**source, "unknown": torch.zeros(1)})
+    saved = saved_of(tmp_path, 2, ema={**source, "unknown": torch.zeros(1)})
+    found = checkpoint.fitting(other, saved, "ema")
+    checkpoint.warm_start(other, saved, "ema")
     assert sorted([*found["kept"], *found["new"]]) == sorted(own)
     patched = {f"transformer.ends.video.{name}" for name in ("patch.weight", "head.weight", "head.bias")}
     assert set(found["dropped"]) == {"unknown", *patched}
     assert {name for name in found["new"] if "blocks.2" not in name} == patched
     for name, value in other.state_dict().items():
         assert torch.equal(value, source[name] if name in found["kept"] else own[name])
+
+
+# ------------------------------------------------------------------ written by several, read by any
+
+
+def in_parts(folder: Path, steps: int, whole: dict[str, torch.Tensor], ranks: int) -> Path:
+    """The checkpoint that so many ranks write of tensors that are cut by rows, as evenly as FSDP cuts them."""
+    final = checkpoint.path_of(folder, steps)
+    for rank in range(ranks):
+        parts = {}
+        for name, value in whole.items():
+            if value.ndim == 0:
+                parts |= {name: checkpoint.Part(value)} if rank == 0 else {}
+                continue
+            size = -(-len(value) // ranks)
+            rows = value[rank * size : (rank + 1) * size]
+            parts |= {name: checkpoint.Part(rows, rank * size, len(value))} if len(rows) else {}
+        assert checkpoint.sums_of(checkpoint.draft_of(final), ranks) is None
+        checkpoint.write_groups(checkpoint.draft_of(final), {"network": parts}, rank)
+    checkpoint.commit(checkpoint.draft_of(final), final, ranks, {"steps": steps, "clips": steps})
+    return final
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_rows_are_read_whoever_wrote_them(tmp_path: Path, ranks: int) -> None:
+    whole = make(5).tensors["network"] | {"one row": torch.ones(1, 4), "turned": torch.randn(6, 4).mT.to(torch.bfloat16)}
+    saved = opened(in_parts(tmp_path, 5, whole, ranks))
+    assert saved.shapes("network") == {name: tuple(value.shape) for name, value in whole.items()}
+    for name, value in whole.items():
+        assert torch.equal(saved.read("network", name), value) and saved.read("network", name).dtype == value.dtype
+        for start in range(len(value) + 1 if value.ndim else 0):
+            for stop in range(start, len(value) + 1, 3):
+                assert torch.equal(saved.read("network", name, slice(start, stop)), value[start:stop])
+
+
+def test_rows_that_are_missing_or_there_twice_are_refused_however_well_they_are_summed(tmp_path: Path) -> None:
+    whole = {"a": torch.randn(6, 2)}
+    path = in_parts(tmp_path, 1, whole, 3)
+
+    def summed() -> None:
+        sums = {file.name: checkpoint._sum(file) for file in path.iterdir() if file.name != checkpoint.MANIFEST}
+        (path / checkpoint.MANIFEST).write_text(json.dumps(sums))
+        assert verify(path) is None
+
+    second = (path / "network.rank0001.safetensors").read_bytes()
+    (path / "network.rank0001.safetensors").write_bytes((path / "network.rank0000.safetensors").read_bytes())
+    summed()
+    with pytest.raises(CheckpointError, match="rows of network/a are missing or there twice"):
+        opened(path)
+    (path / "network.rank0001.safetensors").unlink()
+    summed()
+    with pytest.raises(CheckpointError, match="rows of network/a are missing or there twice"):
+        opened(path)
+    (path / "network.rank0001.safetensors").write_bytes(second)
+    (path / "network.rank0002.safetensors").unlink()  # the last, whose rows only the others' headers know of
+    summed()
+    with pytest.raises(CheckpointError, match="rows of network/a are missing or there twice"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    "meta", ["[]", "{}", '{"steps": 3}', '{"steps": "x", "clips": 1}', '{"steps": -1, "clips": 1}', "nothing"]
+)
+def test_a_meta_that_says_nothing_is_refused(folder: Path, meta: str) -> None:
+    path = folder / "step-00000030"
+    (path / "meta.json").write_text(meta)
+    sums = json.loads((path / checkpoint.MANIFEST).read_text())
+    sums["meta.json"] = checkpoint._sum(path / "meta.json")
+    (path / checkpoint.MANIFEST).write_text(json.dumps(sums))
+    with pytest.raises(CheckpointError, match="step-00000030 cannot be used"):
+        opened(path)
+
+
+# ------------------------------------------------------------------ keeping
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    losses = {1: 0.9, 2: 0.2, 3: 0.5, 4: 0.4, 5: 0.3, 6: float("nan"), 7: 0.8}
+    for steps, loss in losses.items():
+        saved = make(steps)
+        saved.meta["metrics"] = {"val/loss": loss} if loss == loss else {}
+        save(tmp_path, saved, Keep(2, every=24, best="val/loss"))  # a step is 8 clips
+    assert [int(path.name[-2:]) for path in listed(tmp_path)] == [2, 3, 6, 7]
+    for number in (3, 6, 7):
+        flipped(tmp_path / f"step-{number:08d}")
+    save(tmp_path, make(8), Keep(2))  # damaged ones are no reason to remove a good one
+    assert [int(path.name[-2:]) for path in listed(tmp_path) if verify(path) is None] == [2, 8]
+
+
+def test_what_was_cut_off_leaves_nothing_that_looks_like_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for point in ("a file written", "files written", "no manifest yet", "not renamed yet", "renamed", "one removed"):
+
+        def stop(reached: str, point: str = point) -> None:
+            if reached == point:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "reached", stop)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, make(40))
+        assert newest(folder) in (folder / "step-00000030", folder / "step-00000040")
+        assert all(verify(path) is None for path in listed(folder)) and len(listed(folder)) >= 2
+        checkpoint.clear_drafts(folder)
+        assert not list(folder.glob(".*"))
+        shutil.rmtree(folder / "step-00000040", ignore_errors=True)
+        monkeypatch.setattr(checkpoint, "reached", lambda point: None)
+        save(folder, make(20)), save(folder, make(30))
+
+
+def test_a_disk_without_room_is_found_out_before_anything_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 900, 900))  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match=r"takes 0.00 GB, and .* has 0.00 GB free; earlier checkpoints are untouched"):
+        save(folder, make(40))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]

@@ -1,5 +1,6 @@
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ class Broken(Logger):
 
 def test_a_mirror_that_fails_is_told_once_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
     target = Broken()
-    mirror = Mirror(lambda: target)
-    mirror.log_hyperparams({"a": 1})
     with caplog.at_level(logging.WARNING):
+        mirror = Mirror(lambda: target)
+        mirror.log_hyperparams({"a": 1})
         for step in range(4):
             mirror.log_metrics({"x": 1.0}, step)
+        mirror.finalize("success")
     assert target.lines == 2
     assert caplog.text.count("no route to host") == 1
-    mirror.finalize("success")
 
 
 def test_a_mirror_that_cannot_start_does_not_stop_training(caplog: pytest.LogCaptureFixture) -> None:
@@ -72,4 +73,53 @@ def test_a_mirror_that_cannot_start_does_not_stop_training(caplog: pytest.LogCap
         mirror = Mirror(start)
         mirror.log_metrics({"x": 1.0}, 1)
         mirror.log_video("samples", ["a.mp4"], ["a"], 1)
+        mirror.finalize("success")
     assert "left out from here on: no account" in caplog.text
+
+
+class Slow(Broken):
+    """A service that answers when it is let."""
+
+    def __init__(self, let: threading.Event, at: str) -> None:
+        super().__init__()
+        self.let, self.at = let, at
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if self.at == "metrics":
+            self.let.wait()
+        self.lines += 1
+
+    def finalize(self, status: str) -> None:
+        if self.at == "closing":
+            self.let.wait()
+
+
+@pytest.mark.parametrize("at", ["start", "metrics", "closing"])
+def test_a_mirror_that_hangs_holds_nothing_up(at: str, caplog: pytest.LogCaptureFixture) -> None:
+    let = threading.Event()
+    slow = Slow(let, at)
+
+    def start() -> Logger:
+        if at == "start":
+            let.wait()
+        return slow
+
+    with caplog.at_level(logging.WARNING):
+        mirror = Mirror(start, patience=0.2, room=3)
+        for step in range(6):
+            mirror.log_metrics({"x": 1.0}, step)
+        mirror.finalize("success")
+        mirror.finalize("success")  # Lightning closes loggers too
+    assert caplog.text.count("did not close within 0.2 s") == 1 and "does not keep up" in caplog.text or at == "closing"
+    assert slow.lines == 0 or at == "closing"
+    let.set()
+    mirror.thread.join()
+    mirror.log_metrics({"x": 1.0}, 9)
+
+
+def test_all_that_was_recorded_is_handed_on_before_the_end(tmp_path: Path) -> None:
+    mirror = Mirror(lambda: JsonlRecord(tmp_path / "metrics.jsonl"))
+    for step in range(500):
+        mirror.log_metrics({"x": float(step)}, step)
+    mirror.finalize("success")
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(500))

@@ -7,31 +7,48 @@ import lightning as L
 import torch
 
 from dit_video.eval.estimate import Estimate
+from dit_video.model.network import Network
 from dit_video.shapes import Batch, grid_of
-from dit_video.trainer.callbacks.every import EveryClips
+from dit_video.trainer.callbacks.every import Aside
+from dit_video.trainer.heart import beat
+from dit_video.trainer.layout import all_gathered
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.record import record
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-class ValidationLoss(EveryClips):
+class ValidationLoss(Aside):
     """Records val/loss and val/loss/level/<t> and val/loss/task/<task>: held-out clips, the same noise every time, averaged weights.
 
     Every clip is corrupted at each of the levels; val/loss is the plain mean over clips and levels, in velocity space.
     """
+
+    name = "validation"
 
     def __init__(self, every_clips: int, batches: Callable[[], Iterable[Batch]]) -> None:
         super().__init__(every_clips)
         self.batches = batches
 
     @torch.no_grad()
-    def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
+    def look(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
+        with module.averaged() as network:
+            ranks = all_gathered(self._losses(trainer, module, network))
+        names = {name for values in ranks for name in values}
+        values = {name: [value for found in ranks for value in found.get(name, ())] for name in names}
+        record(trainer, module, {name: sum(v) / len(v) for name, v in sorted(values.items()) if v})
+
+    def _losses(self, trainer: L.Trainer, module: VideoDiffusion, network: Network) -> dict[str, list[float]]:
+        """Of the batches that this rank takes: a share where it needs no other rank to compute them, otherwise, on rank 0, all."""
+        layout, shared = module.parallel.layout, module.parallel.gather_to_sample
+        rank, size = (layout.data_rank(trainer.global_rank), layout.data_size) if shared else (0, 1)
         values: dict[str, list[float]] = defaultdict(list)
-        objective, network = module.objective, module.ema.network
-        for batch in self.batches():
+        objective, patch = module.objective, network.transformer.patch
+        for number, batch in enumerate(self.batches()):
+            beat("validation")
+            if number % size != rank:
+                continue
             batch = batch.to(module.device)
-            patch = network.transformer.patch
             grid = grid_of(batch.video, patch)
             for level in LEVELS:
                 corrupted = objective.corrupt(batch, patch, network.transformer.reference_rate, time=level)
@@ -40,15 +57,17 @@ class ValidationLoss(EveryClips):
                 for loss, task, weight in zip(losses.velocity.tolist(), losses.tasks, batch.weights.tolist(), strict=True):
                     for name in ("", f"/level/{level}", f"/task/{task}"):
                         values[f"val/loss{name}"] += [loss] * (weight > 0)
-        record(trainer, module, {name: sum(v) / len(v) for name, v in sorted(values.items()) if v})
+        return values if trainer.global_rank % layout.context == 0 and (shared or trainer.is_global_zero) else {}
 
 
-class Evaluating(EveryClips):
+class Evaluating(Aside):
     """Records eval/<metric>.<suite>.<field> as `evaluate` finds them for the averaged weights."""
+
+    name = "evaluation"
 
     def __init__(self, every_clips: int, evaluate: Callable[[VideoDiffusion], dict[str, Estimate]]) -> None:
         super().__init__(every_clips)
         self.evaluate = evaluate
 
-    def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
+    def look(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
         record(trainer, module, {f"eval/{name}": estimate.value for name, estimate in self.evaluate(module).items()})

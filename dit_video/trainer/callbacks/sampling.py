@@ -8,21 +8,23 @@ import numpy as np
 
 from dit_video.data.video_file import contact_sheet, write_mp4
 from dit_video.sampler.generate import Request
-from dit_video.trainer.callbacks.every import EveryClips
+from dit_video.trainer.callbacks.every import Aside
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.record import Mirror
 
 Generate = Callable[[VideoDiffusion, list[Request]], list[np.ndarray]]
 
 
-class Sampling(EveryClips):
+class Sampling(Aside):
     """Writes samples/clips-<number>/<prompt's number>.mp4 and a contact sheet, from the averaged weights."""
+
+    name = "sampling"
 
     def __init__(self, every_clips: int, folder: Path, requests: Sequence[Request], generate: Generate) -> None:
         super().__init__(every_clips)
         self.folder, self.requests, self.generate = folder, list(requests), generate
 
-    def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
+    def look(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
         if not self.requests:
             return
         videos = self.generate(module, self.requests)  # by all ranks, each of which may hold a part of the weights

@@ -45,7 +45,7 @@ class Throughput(EveryClips):
         if pl_module.device.type == "cuda" and self.due(pl_module.clips, batch):  # once a record: the device may run behind
             torch.cuda.synchronize()
         self.in_steps += time.perf_counter() - self.step_started
-        self.clips += len(batch.captions)
+        self.clips += batch.step_clips  # of all ranks
         if self.flops is None:
             self.flops = self.flops_per_clip(pl_module, batch)
             self.tokens = grid_of(batch.video, pl_module.network.transformer.patch).num_tokens
