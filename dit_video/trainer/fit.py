@@ -145,5 +145,6 @@ def _be_quiet() -> None:
         ".*IterableDataset.*",
         ".*in eval mode.*",
         ".*LeafSpec.*",
+        "FSDP2-wrapped module .* returned a view tensor.*",  # which nobody writes into
     ):
         warnings.filterwarnings("ignore", message)

@@ -18,6 +18,7 @@ STOPPED = 143
 """Exit status of a run that was told to stop, saved, and goes on when it is started again; that of a process ended by SIGTERM."""
 FINAL = (0, 2, 130, STOPPED)
 """Exit statuses after which ranks are not started again: done, a wrong command line, interrupted by the user, told to stop."""
+GOING = (None, 0, STOPPED)
 GRACE_SECONDS = 30  # that other ranks have to end by themselves when one has failed
 
 
@@ -76,7 +77,10 @@ def join(world_size: int, accelerator: str = "cpu") -> int:
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         torch.distributed.init_process_group(backend, device_id=device)
-    return torch.distributed.get_rank()
+    rank = torch.distributed.get_rank()
+    if rank > 0:  # which would say the same as rank 0
+        logging.getLogger("dit_video").setLevel(logging.ERROR)
+    return rank
 
 
 def wants_launch(world_size: int, restarts: int) -> bool:
@@ -109,9 +113,11 @@ def _attempt(ranks: int, words: Sequence[str], processes: list[subprocess.Popen]
     deadline, status = None, 0
     try:
         while any(process.poll() is None for process in processes):
-            failed = [process.returncode for process in processes if process.returncode not in (None, 0, STOPPED)]
+            failed = [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode not in GOING]
             if failed and deadline is None:
-                status, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+                rank, status = failed[0]
+                deadline = time.monotonic() + GRACE_SECONDS
+                log.error("rank %d ended first, %s", rank, told(status))
             if deadline is not None and time.monotonic() > deadline:
                 for process in processes:
                     process.kill()
@@ -123,6 +129,11 @@ def _attempt(ranks: int, words: Sequence[str], processes: list[subprocess.Popen]
     codes = [process.returncode for process in processes]
     status = status or next((code for code in codes if code not in (0, STOPPED)), STOPPED if STOPPED in codes else 0)
     return 128 - status if status < 0 else status  # as a shell tells of a process that a signal ended
+
+
+def told(status: int) -> str:
+    """How a process ended, in words."""
+    return f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
 
 
 @contextmanager
