@@ -274,6 +274,7 @@ def test_a_disk_that_is_full_slow_or_wrong(settings: Settings, monkeypatch: pyte
     monkeypatch.setattr(storage, "write_speed", real)
     monkeypatch.setattr(storage, "file_system", lambda folder: "overlay")
     assert "gone with the container" in storage.disk(settings).advice
+    assert "passed over" in storage.temporary(replace(settings, asked_temporary="/nowhere")).advice
     plenty.free = 2**31
     assert storage.disk(settings).status == "warning"
     plenty.free = 2**20
@@ -473,7 +474,7 @@ def test_the_command_says_what_it_found(
     assert dit_video("doctor", "only=[packages,file locking]", "json=found.json") == 0
     first, second, _, counts = capsys.readouterr().out.splitlines()
     assert first.startswith("packages          ok       Python ") and second.startswith("file locking      ok       a lock")
-    assert counts.startswith("2 checks: 2 ok, 0 warnings, 0 failed")
+    assert counts.startswith("ok 2, warnings 0, failed 0, in ")
     assert json.loads((tmp_path / "found.json").read_text())["file locking"]["status"] == "ok"
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
 

@@ -92,8 +92,8 @@ def main(config: "DictConfig") -> None:
         Path(config.json).write_text(json.dumps({name: asdict(finding) for name, finding in findings.items()}, indent=2) + "\n")
     failed = [name for name, finding in findings.items() if finding.status == "FAIL"]
     warned = sum(finding.status == "warning" for finding in findings.values())
-    counts = f"{len(findings)} checks: {len(findings) - warned - len(failed)} ok, {warned} warnings, {len(failed)} failed"
-    console.print(f"\n{counts}, {time.monotonic() - began:.0f} s")
+    counts = f"ok {len(findings) - warned - len(failed)}, warnings {warned}, failed {len(failed)}"
+    console.print(f"\n{counts}, in {time.monotonic() - began:.0f} s")
     if failed:
         raise DoctorError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
 
@@ -127,7 +127,9 @@ def _settings(config: "DictConfig") -> Iterator[Settings]:
         signal.signal(signal.SIGTERM, stop)
     try:
         with tempfile.TemporaryDirectory(prefix="doctor-", ignore_cleanup_errors=True) as scratch:
-            yield Settings(str(runs), str(beside), shards, config.devices, scratch, tempfile.gettempdir())
+            yield Settings(
+                str(runs), str(beside), shards, config.devices, scratch, tempfile.gettempdir(), os.environ.get("TMPDIR", "")
+            )
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         if takes_over:

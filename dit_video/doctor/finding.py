@@ -17,6 +17,7 @@ class Settings:
     devices: int
     scratch: str  # a temporary folder of the doctor's
     temporary: str  # the folder in which it lies
+    asked_temporary: str = ""  # the folder that TMPDIR names for that
 
 
 @dataclass(frozen=True)

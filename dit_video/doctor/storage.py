@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,17 @@ def disk(settings: Settings) -> Finding:
 
 def temporary(settings: Settings) -> Finding:
     """The disk of temporary files."""
-    return _disk(Path(settings.temporary), Path(settings.scratch) / "disk", "temporary", "set TMPDIR to another folder")
+    asked = settings.asked_temporary
+    passed_over = bool(asked) and Path(asked).absolute() != Path(settings.temporary).absolute()
+    refused = [f"TMPDIR={asked} cannot be written and is passed over"] if passed_over else []
+    return _disk(Path(settings.temporary), Path(settings.scratch) / "disk", "temporary", "set TMPDIR to another folder", refused)
 
 
-def _disk(folder: Path, own: Path, kind: str, elsewhere: str) -> Finding:
-    about = f"{folder} ({file_system(folder)})"
-    warnings: list[str] = []
+def _disk(folder: Path, own: Path, kind: str, elsewhere: str, known: Sequence[str] = ()) -> Finding:
+    about, warnings = f"{folder} ({file_system(folder)})", [*known]
     failures: list[str] = []
     if kind == "runs" and (when := VANISHING.get(file_system(folder))):
-        warnings.append(f"what is written there is gone {when}; {elsewhere}")
+        warnings.append(f"what is written there is gone {when}")
     usage = shutil.disk_usage(folder)
     about += f", {size(usage.free)} of {size(usage.total)} free"
     if usage.free < WANTED_FREE[kind]:
@@ -68,27 +71,27 @@ def _disk(folder: Path, own: Path, kind: str, elsewhere: str) -> Finding:
             if kind == "runs"
             else "it is little"
         )
-        (failures if usage.free < LEAST_FREE else warnings).append(f"{why}; make room, or {elsewhere}")
+        (failures if usage.free < LEAST_FREE else warnings).append(f"{why}; make room")
     if hasattr(os, "statvfs") and (free := os.statvfs(folder)).f_files and free.f_favail < 10_000:
-        warnings.append(f"only {free.f_favail} more files can be made in it; {elsewhere}")
+        warnings.append(f"only {free.f_favail} more files can be made in it")
     try:
         own.mkdir(exist_ok=True)
         try:
             speed = write_speed(own / "written")
             about += f", {size(speed)}/s written and flushed"
             if speed < SLOW:
-                warnings.append(f"each GiB of a checkpoint takes {GIB / speed:.0f} s; {elsewhere}")
-            failures += [f"{problem}; {elsewhere}" for problem in rename_problems(own)]
+                warnings.append(f"each GiB of a checkpoint takes {GIB / speed:.0f} s")
+            failures += rename_problems(own)
         finally:
             shutil.rmtree(own, ignore_errors=True)
     except OSError as error:
-        causes = {
-            errno.EFBIG: "raise the limit on the size of a file: ulimit -f unlimited",
-            errno.ENOSPC: f"make room, or {elsewhere}",
-            errno.EDQUOT: f"your quota is used up; make room, or {elsewhere}",
-        }
         about += f", and it cannot be written: {error.strerror or error}"
-        failures.append(causes.get(error.errno or 0, elsewhere))
+        if error.errno == errno.EFBIG:
+            return Finding.of(about, failures=["raise the limit on the size of a file: ulimit -f unlimited"])
+        room = {errno.ENOSPC: ["make room"], errno.EDQUOT: ["your quota is used up, make room"]}
+        return Finding.of(about, failures=[*room.get(error.errno or 0, []), elsewhere])
+    if warnings or failures:
+        (warnings or failures).append(elsewhere)
     return Finding.of(about, warnings, failures)
 
 
