@@ -40,6 +40,14 @@ COMMANDS = {
         "print parameters and FLOPs of a model by part, without building it in memory",
         ("dit-video info model=tiny", "dit-video info model=14b num_frames=81 height=720 width=1280"),
     ),
+    "doctor": Command(
+        "check what a run relies on by doing it, and say what to do where it fails",
+        (
+            "dit-video doctor",
+            "dit-video doctor runs=/scratch/runs shards='footage/*.tar' devices=4",
+            "dit-video doctor train=false",
+        ),
+    ),
     "data": Command(
         "make, index and check shards of captioned clips, and look at a step of training",
         (
