@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dit_video.runs import Run
 
 
-def load(run: "Path | str", trust: "Sequence[str]" = (), device: str | None = None) -> "Run":
-    """Opens a trained run's folder for sampling and evaluation; its config may call dit_video and the packages in `trust`."""
+def load(run: "Path | str", trust: "Sequence[str]" = (), device: str | None = None, weights: str = "ema") -> "Run":
+    """Opens a trained run's folder, or an export, for sampling and evaluation; its config may call dit_video and packages in `trust`."""
     from dit_video.runs import Run  # a second of imports that the command line's --help does not need
 
-    return Run(run, trust, device)
+    return Run(run, trust, device, weights)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_video.help import COMMANDS, FLAGS, SHORT_FLAGS, command_help, general_help
+from dit_video.help import COMMANDS, FLAGS, SHORT_FLAGS, TOOLED, command_help, general_help
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -29,7 +29,7 @@ class Call:
     """A command line, taken apart."""
 
     command: str | None
-    tool: str | None  # of data: world, footage
+    tool: str | None  # of data: world, footage, ...; of checkpoint: ls, verify, ...
     arguments: tuple[str, ...]  # key=value
     flags: frozenset[str]
     config_dir: str | None
@@ -37,7 +37,7 @@ class Call:
 
     @property
     def config_name(self) -> str | None:
-        return self.command if self.command != "data" else f"data_{self.tool}" if self.tool else None
+        return self.command if self.command not in TOOLED else f"{self.command}_{self.tool}" if self.tool else None
 
 
 class TrialError(ValueError):
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line is None or "--traceback" in argv or os.environ.get("DIT_VIDEO_TRACEBACK") == "1":
             traceback.print_exc()
         if line is not None:
-            print(f"dit-video: {line}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            print(f"dit-video{'' if rank == '0' else f' (rank {rank})'}: {line}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -134,7 +135,7 @@ def _run(argv: list[str]) -> int:
 
 def parse(argv: Sequence[str]) -> Call:
     """Takes a command line apart; UsageError names what is not known and what is nearest to it."""
-    from dit_video.compose import UsageError, data_tools, nearest, user_folders
+    from dit_video.compose import UsageError, nearest, tools, user_folders
 
     words: list[str] = []
     flags: set[str] = set()
@@ -158,12 +159,12 @@ def parse(argv: Sequence[str]) -> Call:
     if command is not None and command not in COMMANDS:
         raise UsageError(f"unknown command {command}; {_options(nearest(command, COMMANDS), list(COMMANDS))}")
     tool = None
-    if command == "data" and not (flags & {"--help"} and not words):
-        tools = data_tools(folders)
+    if command in TOOLED and not (flags & {"--help"} and not words):
+        known = tools(command, folders)
         tool = words.pop(0) if words else ""
-        if tool not in tools:
-            what = f"unknown data tool {tool}" if tool else "data needs the name of a tool"
-            raise UsageError(f"{what}; {_options(nearest(tool, tools), tools)}")
+        if tool not in known:
+            what = f"unknown {command} tool {tool}" if tool else f"{command} needs the name of a tool"
+            raise UsageError(f"{what}; {_options(nearest(tool, known), known)}")
     return Call(command, tool, tuple(words), frozenset(flags), config_dir, folders)
 
 
@@ -183,7 +184,7 @@ def _program(command: str, trust: Sequence[str], config: "DictConfig") -> Any:
     if trust and os.getcwd() not in sys.path:  # a package of the user's own stands where the user stands
         sys.path.append(os.getcwd())
     check_targets(config, ("dit_video", *trust))
-    program = config.get("program") if command == "data" else f"dit_video.{command}"
+    program = config.get("program") if command in TOOLED else f"dit_video.{command}"
     if program is None:  # a tool that is a plain function of its keys
         return _call_target(config)
     with open_dict(config):

@@ -7,8 +7,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dit_video.cli import parse
-from dit_video.compose import Typed, UsageError, choices, compose, data_tools, take_apart, user_folders
-from dit_video.help import COMMANDS, FLAGS
+from dit_video.compose import Typed, UsageError, choices, compose, take_apart, tools, user_folders
+from dit_video.help import COMMANDS, FLAGS, TOOLED
 
 # A shell hands over the line up to the cursor and gets whole words back; bash breaks words at `=` and replaces the last piece.
 SCRIPTS = {
@@ -30,7 +30,7 @@ complete -o default -o nospace -F _dit_video dit-video""",
 compdef _dit_video dit-video""",
     "fish": r"""complete -c dit-video -e
 complete -c dit-video -f -a '(dit-video completion reply (commandline -cp) 2>/dev/null)'
-complete -c dit-video -F -n 'string match -qr "^(image|video|prompts|run|init_from|out)=" -- (commandline -ct)'""",
+complete -c dit-video -F -n 'string match -qr "^(image|video|prompts|run|init_from|out|a|b)=" -- (commandline -ct)'""",
 }
 
 
@@ -59,8 +59,8 @@ def _answers(words: list[str], current: str) -> list[str]:
         return list(COMMANDS)
     if given[0] == "completion":
         return list(SCRIPTS)
-    if given == ["data"]:
-        return data_tools(user_folders(None))
+    if len(given) == 1 and given[0] in TOOLED:
+        return tools(given[0], user_folders(None))
     try:
         call = parse(words)
         assert call.config_name is not None

@@ -26,7 +26,9 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-TEXT_KEYS = frozenset({"prompt", "negative_prompt", "image", "video", "prompts", "last_image", "out", "init_from", "run", "name"})
+TEXT_KEYS = frozenset(
+    {"prompt", "negative_prompt", "image", "video", "prompts", "last_image", "out", "init_from", "run", "name", "a", "b"}
+)
 """Keys whose value is taken letter by letter, never as Hydra's grammar, a number, a null or an interpolation."""
 
 
@@ -172,10 +174,10 @@ def choices(config_name: str, folders: tuple[Path, ...] = ()) -> dict[str, tuple
         return {group: (chosen[group], loader.get_group_options(group.split("@")[0])) for group in groups}
 
 
-def data_tools(folders: Sequence[Path]) -> list[str]:
-    """The tools of `dit-video data`: one a `data_<tool>.yaml`."""
-    found = (path for folder in (*folders, conf_folder()) for path in folder.glob("data_*.yaml"))
-    return sorted({path.stem.removeprefix("data_") for path in found})
+def tools(command: str, folders: Sequence[Path]) -> list[str]:
+    """The tools of a command that has some: one a `<command>_<tool>.yaml`."""
+    found = (path for folder in (*folders, conf_folder()) for path in folder.glob(f"{command}_*.yaml"))
+    return sorted({path.stem.removeprefix(f"{command}_") for path in found})
 
 
 def config_file(config_name: str, folders: tuple[Path, ...]) -> Path | None:

@@ -56,6 +56,15 @@ COMMANDS = {
             "dit-video data peek step=100 experiment=world_quick",
         ),
     ),
+    "checkpoint": Command(
+        "list, verify, export and compare what a run has saved",
+        (
+            "dit-video checkpoint ls run=runs/demo",
+            "dit-video checkpoint verify run=runs/demo",
+            "dit-video checkpoint export run=runs/demo out=exported",
+            "dit-video checkpoint diff a=runs/demo b=runs/demo-good",
+        ),
+    ),
     "completion": Command(
         "print a script that teaches a shell to complete commands, keys and options",
         (
@@ -65,6 +74,9 @@ COMMANDS = {
         ),
     ),
 }
+
+TOOLED = ("data", "checkpoint")
+"""Commands that are several: the word after them is the name of a tool."""
 
 FLAGS = {
     "--help": "this help; after a command, its groups and keys",
@@ -106,18 +118,20 @@ trust=PACKAGE lets configs name classes of a package of yours; without it only d
 
 def command_help(command: str, config_name: str | None, folders: tuple[Path, ...]) -> str:
     """What a command does, its groups with their options, its keys with the comments of their YAML, and examples."""
-    from dit_video.compose import choices, config_file, data_tools
+    from dit_video.compose import choices, config_file, tools
 
     about = COMMANDS[command]
     examples = "examples\n" + "\n".join(f"  {example}" for example in about.examples)
     if command == "completion":
         return f"{about.summary}\n\nusage: dit-video completion bash|zsh|fish\n\n{examples}"
     if config_name is None:
-        tools = [(tool, _first_comment(config_file(f"data_{tool}", folders))) for tool in data_tools(folders)]
-        return f"{about.summary}\n\nusage: dit-video data TOOL [key=value ...] [flags]\n\ntools\n{_table(tools)}\n\n{examples}"
+        rows = [(tool, _first_comment(config_file(f"{command}_{tool}", folders))) for tool in tools(command, folders)]
+        return (
+            f"{about.summary}\n\nusage: dit-video {command} TOOL [key=value ...] [flags]\n\ntools\n{_table(rows)}\n\n{examples}"
+        )
     summary, words = about.summary, command
-    if command == "data":
-        words = f"data {config_name.removeprefix('data_')}"
+    if command in TOOLED:
+        words = f"{command} {config_name.removeprefix(f'{command}_')}"
         summary = _first_comment(config_file(config_name, folders)) or summary
         examples = f"example\n  dit-video {words}"
     usage = f"usage: dit-video {words} [group=option ...] [key=value ...] [flags]    (* stands where nothing is said)"

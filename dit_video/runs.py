@@ -22,6 +22,7 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,24 +39,28 @@ from dit_video.eval.judge import Clip, Evaluation, evaluate, gallery
 from dit_video.eval.report import write_report
 from dit_video.sampler.generate import Request, Sampler, Trained, generate
 from dit_video.trainer import checkpoint
-from dit_video.trainer.checkpoint import CheckpointError
+from dit_video.trainer.checkpoint import CheckpointError, Saved
 
 log = logging.getLogger(__name__)
+
+EXPORTED = "config.json"  # what makes a folder an export
 
 GALLERY_CLIPS, GALLERY_WRONG = 8, 3  # shown of every suite, and how many of them may be replaced by failures
 
 
 class Run:
-    """A run's folder, opened for sampling; the network is loaded from its newest verified checkpoint."""
+    """A run's folder, or one that it was exported to, opened for sampling.
 
-    def __init__(self, folder: Path | str, trust: Sequence[str] = (), device: str | None = None) -> None:
+    The network has its averaged weights, from the newest verified checkpoint; `weights` names others, such as network or ema-0.9995.
+    """
+
+    def __init__(
+        self, folder: Path | str, trust: Sequence[str] = (), device: str | None = None, weights: str = "ema"
+    ) -> None:  # fmt: skip
         self.folder = Path(folder)
         self.config = read_config(self.folder, trust)
-        path = checkpoint.newest(self.folder / "checkpoints")
-        if path is None:
-            raise CheckpointError(f"{self.folder} holds no checkpoint yet; train it first, or set run to another folder")
         network = make_network(self.config, device="cpu")
-        checkpoint.load_weights(network, checkpoint.opened(path, checked=True), "ema")
+        checkpoint.load_weights(network, saved_in(self.folder), weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
         self.sampler = make_sampler(self.config)
@@ -97,37 +102,75 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.made = [parent for parent in (folder.parent, *folder.parent.parents) if not parent.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.parent / f".{folder.name}.lock"
-        self.file = path.open("a+")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            self.file.close()
-            raise ValueError(f"{folder} is being trained by {holder}; wait for it, stop it, or choose another name") from None
-        except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s): see to it that no second job trains the same run", path, error)
+        self.path = folder.parent / f".{folder.name}.lock"
+        while True:
+            self.file = self.path.open("a+")
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.file.seek(0)
+                holder = self.file.read().strip() or "another process"
+                self.file.close()
+                raise ValueError(f"{folder} is being trained by {holder}; wait for it, stop it, or choose another name") from None
+            except OSError as error:  # a file system without locks
+                log.warning("%s cannot be locked (%s): see to it that no second job trains the same run", self.path, error)
+            if self.path.exists() and os.fstat(self.file.fileno()).st_ino == self.path.stat().st_ino:
+                break
+            self.file.close()  # its holder removed it while we opened it
         self.file.truncate(0)
-        self.file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}\n"
-        )
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {when}\n")
         self.file.flush()
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()  # and so unlocked
+        self.path.unlink(missing_ok=True)  # while it is still ours
+        self.file.close()
+        with suppress(OSError):  # a run that never began leaves nothing behind
+            for parent in self.made:
+                parent.rmdir()
+
+
+def export_file(weights: str) -> str:
+    """Where an export keeps a set of weights."""
+    return "model.safetensors" if weights == "network" else f"model.{weights}.safetensors"
+
+
+def saved_in(folder: Path, key: str = "run") -> Saved:
+    """What a run has saved, or what it was exported to, open for reading; CheckpointError where there is nothing, or nothing whole."""
+    if (folder / EXPORTED).is_file():
+        files = {path.name[len("model") : -len(".safetensors")].strip("."): path for path in folder.glob("model*.safetensors")}
+        return checkpoint.opened_files(folder, [(name or "network", path) for name, path in files.items()], _exported(folder))
+    path = checkpoint.newest(folder / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet; train it first, or set {key} to another folder")
+    return checkpoint.opened(path, checked=True)
+
+
+def _exported(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / EXPORTED).read_text())
+        if not isinstance(about, dict) or not isinstance(about["config"], dict):
+            raise ValueError("it has no config")
+        return about
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / EXPORTED} cannot be read: {error}; set run to another folder") from error
 
 
 def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:
     """The config of a run, as data: ValueError where it names anything outside dit_video and the trusted packages."""
     path = folder / "config.yaml"
-    if not path.is_file():
+    if (folder / EXPORTED).is_file():
+        path = folder / EXPORTED
+        config = OmegaConf.create(_exported(folder)["config"])
+    elif path.is_file():
+        config = read_yaml(path)
+    else:
         raise ValueError(f"{folder} is not a run: it has no config.yaml; set run to a folder such as runs/demo")
-    config = read_yaml(path)
     missing = [key for key in ("seed", "data", "text", "model", "objective", "sampler") if key not in config]
     if missing:
         raise ValueError(f"{path} is not a run's config: it has no {missing[0]}; set run to another folder")

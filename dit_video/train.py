@@ -27,7 +27,7 @@ from dit_video.eval.judge import evaluate
 from dit_video.eval.report import write_report
 from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.text import split_words
-from dit_video.runs import Lock, read_yaml, write_json, write_text
+from dit_video.runs import Lock, read_yaml, saved_in, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch, grid_of, token_grid
 from dit_video.trainer import checkpoint, heart
@@ -272,14 +272,14 @@ def make_module(config: DictConfig, saved: Saved | None, hardware: Hardware) -> 
 
 def find_start(network: torch.nn.Module, run: Path) -> Begin:
     """How a network starts from another run's averaged weights; says of every key whether it is kept, new or dropped."""
-    path = by_first_rank(lambda: checkpoint.newest(run / "checkpoints"))
-    if path is None:
-        raise checkpoint.CheckpointError(f"{run} holds no checkpoint to start from; set init_from to another run's folder")
-    saved = checkpoint.opened(path, checked=True)
+    by_first_rank(lambda: saved_in(run, "init_from") is None)  # what is wrong with it is told once
+    saved = saved_in(run)
     found = checkpoint.fitting(network, saved, "ema")
     if not found["kept"]:
-        raise checkpoint.CheckpointError(f"{path} has no tensor of this model's names and shapes; set init_from, model or text")
-    log.info("starting from %s: %s", path, ", ".join(f"{len(names)} {kind}" for kind, names in found.items()))
+        raise checkpoint.CheckpointError(
+            f"{saved.path} has no tensor of this model's names and shapes; set init_from, model or text"
+        )
+    log.info("starting from %s: %s", saved.path, ", ".join(f"{len(names)} {kind}" for kind, names in found.items()))
     for kind, names in found.items():
         for name in names:
             log.info("  %s %s", kind, name)

@@ -393,7 +393,7 @@ def test_help_of_a_command_lists_groups_keys_and_comments(here: Path, capsys: py
 
 @pytest.mark.parametrize("command", [path.stem for path in sorted(conf_folder().glob("*.yaml"))])
 def test_every_program_composes_and_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["data", command.removeprefix("data_")] if command.startswith("data_") else [command]
+    words = command.split("_", 1)
     assert main([*words, "--cfg"]) == 0
     assert main([*words, "--help"]) == 0
     assert "usage" in capsys.readouterr().out

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -363,22 +363,30 @@ def opened(path: Path, checked: bool = False) -> Saved:
     problem = None if checked else verify(path) if path.is_dir() else "there is no such folder"
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
-    groups: dict[str, dict[str, list[_Rows]]] = {}
     try:
         meta = json.loads((path / META).read_text())
-        for file_path in sorted(path.glob("*.safetensors")):
-            group = groups.setdefault(_FILE.fullmatch(file_path.name)[1], {})  # type: ignore[index]
+        if int(meta["steps"]) < 0 or int(meta["clips"]) < 0:
+            raise ValueError(f"it is of step {meta['steps']} and {meta['clips']} clips")
+        files = [(_FILE.fullmatch(file.name)[1], file) for file in sorted(path.glob("*.safetensors"))]  # type: ignore[index]
+    except (OSError, ValueError, TypeError, KeyError) as error:  # as it was saved, but not by us
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error!r}") from error
+    return opened_files(path, files, meta)
+
+
+def opened_files(path: Path, files: Iterable[tuple[str, Path]], meta: dict[str, Any]) -> Saved:
+    """Opens safetensors files as one checkpoint, each of them all or a part of the named group."""
+    groups: dict[str, dict[str, list[_Rows]]] = {}
+    try:
+        for name, file_path in files:
+            group = groups.setdefault(name, {})
             file = safe_open(file_path, framework="pt")
             cut = json.loads((file.metadata() or {}).get("rows", "{}"))
-            for name in file.keys():
-                count = (file.get_slice(name).get_shape() or [1])[0]
-                start, total = cut.get(name, (0, count))
-                group.setdefault(name, []).append(_Rows(file, start, count, total))
-        steps, clips = int(meta["steps"]), int(meta["clips"])
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:  # as it was saved, but not by us
+            for tensor in file.keys():
+                count = (file.get_slice(tensor).get_shape() or [1])[0]
+                start, total = cut.get(tensor, (0, count))
+                group.setdefault(tensor, []).append(_Rows(file, start, count, total))
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error!r}") from error
-    if steps < 0 or clips < 0:
-        raise CheckpointError(f"checkpoint {path} cannot be used: it is of step {steps} and {clips} clips")
     for name, tensors in groups.items():
         for tensor, parts in tensors.items():
             parts.sort(key=lambda part: part.start)
