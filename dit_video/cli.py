@@ -268,7 +268,8 @@ def _trial(call: Call, typed: "Typed", config: "DictConfig") -> Any:
     words = [call.command, *([call.tool] if call.tool else []), *overrides, *(f"trust={package}" for package in typed.trust)]
     words += [f"{key}={quoted(text) if key == 'runs' else text}" for key, text in {**typed.texts, **own}.items()]
     words += [f"--config-dir={call.config_dir}"] if call.config_dir else []
-    print(f"dit-video: trial {trial}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dit-video: trial {trial}", file=sys.stderr)
     try:
         with _argv(*words):
             return _program(call.command, typed.trust, config)

@@ -113,6 +113,25 @@ class Recorder(L.Callback):
         self.found.append((float(outputs["loss"]), float(pl_module.gradient_norm)))
 
 
+def make_unborn(heads: int = 3) -> Network:
+    """The same network before it has memory; it begins as (seed, name) say."""
+    with torch.device("meta"):
+        transformer = VideoTransformer(patch=(2, 4, 4), width=24, depth=2, heads=heads, context_dim=16, pooled_dim=16)
+        return Network(WordEncoder(dim=16, heads=2, buckets=64, max_words=12), transformer)
+
+
+def begun(layout: dict[str, int]) -> tuple[dict[str, Tensor], int]:
+    """The first weights of a network that comes on the meta device, and the largest weight that this rank gave memory to, in bytes."""
+    shape = Layout(**layout)
+    machine = Hardware(devices=shape.world_size, precision="32-true", layout=shape, threads=1)
+    module = VideoDiffusion(
+        make_unborn(), Objective({"t": TextToVideo()}, LogitNormal()), Optimisers(), 100, 0.9, machine.parallel
+    )
+    fit(module, iter(()), [], [], machine)
+    held = [local(p).untyped_storage().nbytes() for p in module.network.parameters()]
+    return {name: whole(value).detach().clone() for name, value in module.state_dict().items()}, sum(held)
+
+
 def trained(
     layout: dict[str, int], recipe: dict[str, Any], steps: int, callbacks: Sequence[L.Callback] = (), **hardware: Any
 ) -> VideoDiffusion:
@@ -121,8 +140,9 @@ def trained(
     machine = Hardware(devices=shape.world_size, precision="32-true", layout=shape, threads=1, **hardware)
     objective = Objective({"t": TextToVideo(), "i": FirstFrames()}, LogitNormal())
     module = VideoDiffusion(
-        make_network(), objective, Optimisers(warmup_clips=0, **recipe), max_clips=1000, ema_decay=0.9, parallel=machine.parallel
-    )
+        make_network(), objective, Optimisers(warmup_clips=0, **recipe), max_clips=1000, ema_decay=[0.9, 0.99],
+        parallel=machine.parallel, offload_ema=machine.offload_ema,
+    )  # fmt: skip
     rank = int(os.environ.get("RANK", 0))
     batches = (batch_of(step, shape.data_rank(rank), shape.data_size) for step in range(steps))
     fit(module, batches, callbacks, [], machine)
@@ -136,7 +156,11 @@ def training(
     torch.set_default_dtype(getattr(torch, dtype))
     recorder = Recorder()
     module = trained(layout, recipe, steps, [recorder], **hardware)
-    return recorder.found, {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+    found = {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+    for decay in module.decays:
+        with module.ema.applied(decay):
+            found |= {f"ema-{decay}/{name}": whole(value).detach().clone() for name, value in module.network.state_dict().items()}
+    return recorder.found, found
 
 
 def furthest(one: Any, other: Any) -> float:
@@ -161,6 +185,6 @@ def held(layout: dict[str, int]) -> dict[str, int]:
     ]
     kinds: dict[str, list[Tensor]] = {
         "weights": [p.detach() for p in parameters], "gradients": [p.grad for p in parameters if p.grad is not None],
-        "optimiser": [value for value in states if value.ndim], "average": [p.detach() for p in module.ema.network.parameters()],
+        "optimiser": [value for value in states if value.ndim], "average": module.ema.averages[0.9],
     }  # fmt: skip
     return {kind: sum(local(tensor).numel() for tensor in tensors) for kind, tensors in kinds.items()}

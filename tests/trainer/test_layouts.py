@@ -13,7 +13,7 @@ import torch
 from small_run import QUIET, SMALL, records, tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layout_work import furthest, held, run_ranks, training  # noqa: E402
+from layout_work import begun, furthest, held, run_ranks, training  # noqa: E402
 
 from dit_video.data.video_file import read_video  # noqa: E402
 from dit_video.trainer.context import shares  # noqa: E402
@@ -61,6 +61,22 @@ def test_a_rank_holds_its_share_of_everything(size: int) -> None:
     for mine in run_ranks(size, held, {"shard": size}):
         for name, total in whole.items():
             assert mine[name] / total == pytest.approx(1 / size, rel=0.1), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"shard": 2}, {"shard": 3}, {"replicate": 2}])
+def test_a_start_without_memory_is_the_start_of_one_process(layout: dict[str, int]) -> None:
+    """No rank ever holds more of the weights than its own part."""
+    alone, size = run_ranks(1, begun, {})[0]
+    for weights, mine in run_ranks(Layout(**layout).world_size, begun, layout):
+        assert weights.keys() == alone.keys() and all(torch.equal(weights[name], alone[name]) for name in alone)
+        assert mine / size == pytest.approx(1 / layout.get("shard", 1), rel=0.1)
+
+
+@pytest.mark.slow
+def test_averages_in_the_host_s_memory_are_the_same(alone: dict[str, Any]) -> None:
+    assert furthest(run_ranks(1, partial(training, {}, ADAMW, offload_ema=True))[0], alone["adamw"]) == 0
+    assert furthest(run_ranks(2, partial(training, {"shard": 2}, ADAMW, offload_ema=True))[0], alone["adamw"]) < 1e-9
 
 
 def test_what_does_not_divide_is_shared_out() -> None:
