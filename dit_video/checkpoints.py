@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from dit_video.runs import export_file, write_json
+from dit_video.runs import export_file, saved_in, write_json
 from dit_video.trainer import checkpoint
 from dit_video.trainer.checkpoint import CheckpointError, Saved
 
@@ -79,9 +79,7 @@ def export(run: str, out: str, step: int | None = None, weights: Sequence[str] =
 
 def diff(a: str, b: str) -> None:
     """Prints in what two checkpoints differ: what they say of themselves, and their tensors."""
-    one, other = (
-        checkpoint.opened(path if path.name.startswith("step-") else _chosen(str(path), None)) for path in (Path(a), Path(b))
-    )
+    one, other = (checkpoint.opened(path) if path.name.startswith("step-") else saved_in(path) for path in (Path(a), Path(b)))
     print(f"a  {one.path}\nb  {other.path}")
     beside = ("wall_seconds", "core_seconds")
     for key, left, right in _differences(one.meta, other.meta):

@@ -129,7 +129,8 @@ def _run(argv: list[str]) -> int:
     elif sweep:
         _sweep(call, typed, f"{config.get('runs') or 'runs'}/{config.get('name') or call.config_name}")
     else:
-        _program(call.command, typed.trust, config)
+        with _argv(*argv):  # which other ranks are started with
+            _program(call.command, typed.trust, config)
     return 0
 
 
