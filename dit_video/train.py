@@ -182,7 +182,11 @@ def check(config: DictConfig) -> None:
     make_objective(config)
     make_sampler(config)
     make(config.optimisers)
-    Hardware(**plain(config.trainer))
+    hardware = Hardware(**plain(config.trainer))
+    if hardware.gather_precision == "bfloat16" and config.sampler.precision != "bfloat16":
+        raise ValueError(
+            "weights in bfloat16 are sampled in bfloat16; set sampler.precision=bfloat16, or trainer.gather_precision=float32"
+        )
 
 
 def decays_of(config: DictConfig) -> list[float]:

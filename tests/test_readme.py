@@ -32,7 +32,15 @@ def test_make_targets_that_the_readme_names_exist() -> None:
 
 
 def test_the_readme_has_commands_of_every_program() -> None:
-    assert {words_of(command)[0] for command in COMMANDS} == {"train", "sample", "evaluate", "info", "doctor", "data", "checkpoint"}
+    assert {words_of(command)[0] for command in COMMANDS} == {
+        "train",
+        "sample",
+        "evaluate",
+        "info",
+        "doctor",
+        "data",
+        "checkpoint",
+    }
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 
 from dit_video.trainer.layout import Layout, MeshStrategy
 from dit_video.trainer.module import VideoDiffusion
-from dit_video.trainer.parallel import Parallel, Recompute
+from dit_video.trainer.parallel import Parallel, Precision, Recompute
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Hardware:
     recompute: Recompute = "none"
     compile: bool = False
     gather_to_sample: bool = True
+    gather_precision: Precision = "float32"
     offload_ema: bool = False
     max_hours: float | None = None
     hang_seconds: float | None = None
@@ -43,7 +44,7 @@ class Hardware:
     def parallel(self) -> Parallel:
         """How the networks are laid out over the devices."""
         assert isinstance(self.layout, Layout)
-        return Parallel(self.layout, self.recompute, self.compile, self.gather_to_sample)
+        return Parallel(self.layout, self.recompute, self.compile, self.gather_to_sample, self.gather_precision)
 
     def __post_init__(self) -> None:
         for name in ("devices", "num_nodes"):
@@ -54,6 +55,8 @@ class Hardware:
         _ = self.parallel  # which refuses what it cannot do
         if self.precision not in ("32-true", "bf16-mixed"):  # float16 would need its losses scaled
             raise ValueError(f"precision must be 32-true or bf16-mixed, got {self.precision!r}; set trainer.precision")
+        if self.gather_precision == "bfloat16" and self.precision != "bf16-mixed":
+            raise ValueError("weights in bfloat16 need trainer.precision=bf16-mixed; set it, or trainer.gather_precision=float32")
         if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
             raise ValueError(f"threads must be a whole number of at least 1, or null, got {self.threads!r}; set trainer.threads")
         for name in ("max_hours", "hang_seconds"):

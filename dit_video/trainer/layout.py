@@ -5,6 +5,7 @@ the weights each; replicas hold all of it again. What a step computes does not d
 """
 
 import math
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 T = TypeVar("T")
 R = TypeVar("R")
 
+LAST_WORDS = 2.0  # seconds in which rank 0 tells its error before the others end, and a launcher with them all ranks
 NAMES = ("replicate", "shard", "context")
 
 
@@ -124,6 +126,7 @@ def by_first_rank(work: Callable[[], T]) -> T:
     if mine[1] is not None:
         raise mine[1]
     if failed:
+        time.sleep(LAST_WORDS)
         raise SystemExit(1)
     return value
 

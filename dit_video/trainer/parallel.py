@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -21,6 +21,7 @@ from dit_video.trainer.context import split_tokens
 from dit_video.trainer.layout import Layout
 
 Recompute = Literal["none", "selective", "full"]
+Precision = Literal["float32", "bfloat16"]
 
 KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 """What selective checkpointing keeps: products of matrices cost much to compute again and little to keep; all else is recomputed."""
@@ -34,10 +35,15 @@ class Parallel:
     recompute: Recompute = "none"  # activations in the backward pass: none, all but matrix products, or all
     compile: bool = False  # every block, by torch.compile
     gather_to_sample: bool = True  # every rank holds all of the averaged weights while it samples, and waits for no other
+    gather_precision: Precision = "float32"  # in which cut weights travel to be used; gradients are summed in float32
 
     def __post_init__(self) -> None:
         if self.recompute not in ("none", "selective", "full"):
             raise ValueError(f"recompute must be none, selective or full, got {self.recompute!r}; set trainer.recompute")
+        if self.gather_precision not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"gather_precision must be float32 or bfloat16, got {self.gather_precision!r}; set trainer.gather_precision"
+            )
 
 
 def parallelise(network: Network, plan: Parallel, mesh: DeviceMesh | None) -> None:
@@ -53,14 +59,21 @@ def parallelise(network: Network, plan: Parallel, mesh: DeviceMesh | None) -> No
     if mesh is not None:
         weights = plan.layout.weights_mesh(mesh)
         for block in transformer.blocks:
-            shard(block, weights)
-        shard(transformer, weights)
-        shard(network.text, weights)  # by itself, as sampling asks it once and the transformer many times
+            shard(block, weights, plan.gather_precision)
+        shard(transformer, weights, plan.gather_precision)
+        shard(network.text, weights, plan.gather_precision)  # by itself, as sampling asks it once and the transformer many times
 
 
-def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts a module's weights over the ranks of a mesh; gradients are summed over them, as the loss already divides by all clips."""
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+def shard(module: nn.Module, mesh: DeviceMesh, precision: Precision = "float32") -> None:
+    """Cuts a module's weights over the ranks of a mesh; gradients are summed over them, as the loss already divides by all clips.
+
+    Products of matrices are computed in what autocast says in any case; with bfloat16 the weights are cast before they travel, which
+    halves what is sent and rounds what autocast would not have, such as offsets of the modulation.
+    """
+    policy = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
     module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 

@@ -137,8 +137,8 @@ def trained(
 ) -> VideoDiffusion:
     """The module after so many steps on a layout, in torch's default type."""
     shape = Layout(**layout)
-    machine = Hardware(devices=shape.world_size, precision="32-true", layout=shape, threads=1, **hardware)
-    objective = Objective({"t": TextToVideo(), "i": FirstFrames()}, LogitNormal())
+    machine = Hardware(devices=shape.world_size, **{"precision": "32-true", "layout": shape, "threads": 1, **hardware})
+    objective = Objective({"text_to_video": TextToVideo(), "first": FirstFrames()}, LogitNormal())
     module = VideoDiffusion(
         make_network(), objective, Optimisers(warmup_clips=0, **recipe), max_clips=1000, ema_decay=[0.9, 0.99],
         parallel=machine.parallel, offload_ema=machine.offload_ema,
@@ -174,6 +174,30 @@ def furthest(one: Any, other: Any) -> float:
         float((weights[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)) for name, value in other_weights.items()
     ]
     return max(differences)
+
+
+def sampled(layout: dict[str, int], gather: bool) -> tuple[list[Tensor], float]:
+    """Clips of seven prompts from the averaged weights after three steps, shared out over the ranks, before they are rounded to pixels;
+
+    and how far the weights are from those before sampling, which is nothing.
+    """
+    import dit_video.sampler.generate as generating
+    from dit_video.sampler.generate import Request, Sampler, Trained, generate
+    from dit_video.trainer.layout import over_ranks
+
+    generating.to_uint8 = lambda video: video.float()  # type: ignore[assignment]
+    module = trained(layout, {"muon_lr": None}, 3, gather_to_sample=gather)
+    before = {name: whole(value).detach().clone() for name, value in module.network.state_dict().items()}
+    sizes = [(3, 8, 12), (3, 8, 12), (5, 8, 8), (3, 8, 12), (3, 8, 12), (3, 8, 12), (5, 8, 8)]
+    requests = [Request(f"clip number {number}", number, *size, 8.0) for number, size in enumerate(sizes)]
+    with module.averaged() as network:
+        made = Trained(network, module.objective.tasks, module.objective.predict, None, 0.0)
+        sampler = Sampler(steps=3)
+        clips = over_ranks(
+            lambda own: generate(made, own, sampler), requests, lambda request: request.shape, module.parallel.layout
+        )
+    far = max(float((whole(value) - before[name]).abs().max()) for name, value in module.network.state_dict().items())
+    return [torch.as_tensor(clip) for clip in clips], far
 
 
 def held(layout: dict[str, int]) -> dict[str, int]:

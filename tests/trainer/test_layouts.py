@@ -13,7 +13,7 @@ import torch
 from small_run import QUIET, SMALL, records, tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layout_work import begun, furthest, held, run_ranks, training  # noqa: E402
+from layout_work import begun, furthest, held, run_ranks, sampled, training  # noqa: E402
 
 from dit_video.data.video_file import read_video  # noqa: E402
 from dit_video.trainer.context import shares  # noqa: E402
@@ -71,6 +71,29 @@ def test_a_start_without_memory_is_the_start_of_one_process(layout: dict[str, in
     for weights, mine in run_ranks(Layout(**layout).world_size, begun, layout):
         assert weights.keys() == alone.keys() and all(torch.equal(weights[name], alone[name]) for name in alone)
         assert mine / size == pytest.approx(1 / layout.get("shard", 1), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "gather"),
+    [({"shard": 2}, True), ({"shard": 2}, False), ({"shard": 3}, True), ({"replicate": 2}, True), ({"context": 2}, True)],
+)
+def test_prompts_are_shared_out_and_the_clips_are_those_of_one_process(layout: dict[str, int], gather: bool) -> None:
+    alone, _ = run_ranks(1, sampled, {}, True)[0]
+    for clips, far in run_ranks(Layout(**layout).world_size, sampled, layout, gather):
+        assert far == 0 and len(clips) == len(alone) == 7
+        for one, other in zip(clips, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_weights_that_travel_in_bfloat16_train_almost_alike(alone: dict[str, Any]) -> None:
+    recipe = {"muon_lr": None}
+    one = run_ranks(1, partial(training, {}, recipe, "float32", precision="bf16-mixed"))[0]
+    mixed = {"precision": "bf16-mixed", "gather_precision": "bfloat16"}
+    steps, _ = run_ranks(2, partial(training, {"shard": 2}, recipe, "float32", **mixed))[0]
+    for (loss, norm), (other, other_norm) in zip(steps, one[0], strict=True):
+        assert loss == pytest.approx(other, rel=0.02) and norm == pytest.approx(other_norm, rel=0.05)
 
 
 @pytest.mark.slow
