@@ -45,7 +45,7 @@ from dit_video.trainer.ema import check_decays
 from dit_video.trainer.fit import Hardware, Spent, fit
 from dit_video.trainer.heart import beat
 from dit_video.trainer.launch import STOPPED, join, launch, wants_launch
-from dit_video.trainer.layout import by_first_rank, over_ranks
+from dit_video.trainer.layout import all_gathered, by_first_rank, over_ranks
 from dit_video.trainer.module import Begin, VideoDiffusion
 from dit_video.trainer.record import JsonlRecord
 
@@ -108,7 +108,7 @@ def train(config: DictConfig, folder: Path, hardware: Hardware, rank: int, spent
     module = make_module(config, saved, hardware)
     stopping = Stopping(hardware.max_hours)
     about = {"config": plain(config), "code": commit(), "data": loader.fingerprint, "torch": str(torch.__version__)}
-    callbacks = [stopping, *make_callbacks(config, folder, module, saved, spent, about)]
+    callbacks = [stopping, *make_callbacks(config, folder, module, saved, spent, about, stopping)]
     loggers: list[Logger] = []
     if rank == 0:
         open_run(folder, config, resume)
@@ -287,17 +287,25 @@ def find_start(network: torch.nn.Module, run: Path) -> Begin:
     for kind, names in found.items():
         for name in names:
             log.info("  %s %s", kind, name)
-    return partial(checkpoint.warm_start, saved=saved, group="ema")
+
+    def begin(network: torch.nn.Module) -> None:
+        checkpoint.warm_start(network, saved, "ema")
+        saved.close()
+
+    return begin
 
 
 def make_callbacks(
-    config: DictConfig, folder: Path, module: VideoDiffusion, saved: Saved | None, spent: Spent, about: dict[str, Any]
+    config: DictConfig, folder: Path, module: VideoDiffusion, saved: Saved | None, spent: Spent, about: dict[str, Any],
+    stopping: Stopping,
 ) -> list[L.Callback]:  # fmt: skip
     """Everything that happens beside training; what it needs is made now, so that what cannot work is known now."""
     every, sampler = config.every, make_sampler(config)
 
     def draw(module: VideoDiffusion, requests: Sequence[Request]) -> list[Any]:
         beat("sampling")
+        if any(all_gathered(stopping.asked)):
+            raise InterruptedError("the run is told to stop")
         share = partial(generate, make_trained(module.network, module.objective), sampler=sampler)
         with module.averaged():
             return over_ranks(share, requests, lambda request: request.shape, module.parallel.layout)

@@ -238,6 +238,7 @@ def prune(folder: Path, keep: Keep, good: set[Path]) -> None:
                 _remove(path)
                 reached("one removed")
         elif path in good or verify(path) is None:
+            good.add(path)
             wanted -= 1
 
 
@@ -349,6 +350,10 @@ class Saved:
     def tensors(self, group: str) -> dict[str, Tensor]:
         """All tensors of a group."""
         return {name: self.read(group, name) for name in self._group(group)}
+
+    def close(self) -> None:
+        """Lets the files go, whose room on the disk is not free before, even when they are removed."""
+        self._parts.clear()
 
     def _group(self, group: str) -> dict[str, list[_Rows]]:
         if group not in self._parts:

@@ -28,7 +28,7 @@ class JsonlRecord(Logger):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            kept = [line for line in path.read_text().splitlines() if step_of(line) <= resume_step]
             draft = path.with_suffix(".draft")
             draft.write_text("".join(line + "\n" for line in kept))
             os.replace(draft, path)  # a full disk leaves the record as it was
@@ -51,11 +51,12 @@ class JsonlRecord(Logger):
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def _step_of(line: str) -> int:
+def step_of(line: str) -> int:
+    """The step that a line of a record belongs to; of one that was cut off by a crash, one that never comes."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 62  # a line cut off by a crash
+        return 1 << 62
 
 
 class Mirror(Logger):
@@ -92,8 +93,8 @@ class Mirror(Logger):
             if isinstance(target, WandbLogger):
                 target.experiment.finish()
         except BaseException as error:  # whatever a service of others does, the run goes on
-            self.failed = True
             log.warning("a logger failed while %s and is left out from here on: %s", what, error)
+            self.failed = True
 
     def _put(self, what: str, work: Callable[[Logger], object]) -> None:
         if self.failed:

@@ -49,7 +49,9 @@ class Aside(EveryClips):
         beat(self.name)
         problem = attempt(lambda: self.look(trainer, module))
         problem = next((told for told in all_gathered(problem) if told), None)  # that a rank failed is known to all
-        if problem is not None:
+        if problem is not None and problem.startswith(InterruptedError.__name__):
+            log.warning("%s is left out: %s", self.name, problem.partition(": ")[2])
+        elif problem is not None:
             log.error("%s FAILED after %d clips, training goes on: %s", self.name, module.clips, problem)
             record(trainer, module, {f"failed/{self.name}": 1.0})
         beat("waiting for clips")

@@ -72,6 +72,7 @@ class Saving(EveryClips):
     def on_fit_start(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
         if self.resume is not None:  # only now are the weights on their device, where the optimisers' state must be too
             restore(pl_module, self.resume)
+            self.resume.close()
         pl_module.votes[WRITTEN] = False
 
     def on_train_batch_end(
@@ -138,7 +139,13 @@ class Saving(EveryClips):
     def _commit(self, here: _Pending, ranks: int) -> None:
         checkpoint.commit(checkpoint.draft_of(here.final), here.final, ranks, here.meta)
         self.good.add(here.final)
-        checkpoint.prune(self.folder, self.keep, self.good)
+        self.writer.submit(self._prune)
+
+    def _prune(self) -> None:
+        try:
+            checkpoint.prune(self.folder, self.keep, self.good)
+        except OSError as error:
+            log.warning("an old checkpoint could not be removed: %s", error)
 
     def on_exception(self, trainer: L.Trainer, pl_module: VideoDiffusion, exception: BaseException) -> None:  # type: ignore[override]
         """A save that is under way when training breaks off becomes a checkpoint all the same, if every rank has written its files."""

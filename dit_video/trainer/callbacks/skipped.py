@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from dit_video.trainer.module import VideoDiffusion
-from dit_video.trainer.record import record
+from dit_video.trainer.record import record, step_of
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +19,14 @@ class SkippedSteps(L.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.count = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
+        if trainer.is_global_zero and self.path.is_file():  # what comes after the checkpoint that is gone on from, comes again
+            lines = [line for line in self.path.read_text().splitlines() if step_of(line) < pl_module.steps]
+            self.count = len(lines)
+            draft = self.path.with_suffix(".draft")
+            draft.write_text("".join(line + "\n" for line in lines))
+            draft.replace(self.path)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: VideoDiffusion, outputs: Any, batch: Any, batch_idx: int  # type: ignore[override]
