@@ -141,13 +141,15 @@ def keep_memory() -> None:
 
 def _be_quiet() -> None:
     """Lightning's notices about what we do on purpose."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*is a wrapped model.*",
         ".*IterableDataset.*",
         ".*in eval mode.*",
         ".*LeafSpec.*",
+        ".*all_gather_into_tensor. is deprecated.*",  # what takes its place is not in torch 2.11
         "FSDP2-wrapped module .* returned a view tensor.*",  # which nobody writes into
     ):
         warnings.filterwarnings("ignore", message)

@@ -72,10 +72,11 @@ class Layout:
 
     def weights_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """The ranks that weights are cut over, context ranks among them, and where there are replicas those as a first dimension."""
-        together = mesh["shard", "context"]._flatten("weights")
         if self.replicate == 1:
-            return together
-        return mesh["replicate", "weights"] if together.size() > 1 else mesh["replicate", "shard"]
+            return mesh["shard", "context"]._flatten("weights")
+        return init_device_mesh(
+            mesh.device_type, (self.replicate, self.shard * self.context), mesh_dim_names=("replicate", "weights")
+        )
 
 
 class MeshStrategy(ModelParallelStrategy):

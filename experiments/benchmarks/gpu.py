@@ -4,12 +4,19 @@ Speeds are the median of interleaved repetitions; MFU is three forward passes' a
 the device's published dense bf16 peak.
 """
 
+import os
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import lightning as L
 import torch
 
+from dit_video.build import make, make_network, make_objective, plain
+from dit_video.compose import compose, take_apart
 from dit_video.model import attention as attend
 from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.layers import initialise
@@ -20,7 +27,13 @@ from dit_video.objective.levels import LogitNormal
 from dit_video.objective.objective import Objective
 from dit_video.objective.tasks import FirstFrames, TextToVideo
 from dit_video.shapes import Batch, Patch, token_grid
+from dit_video.trainer import checkpoint
+from dit_video.trainer.callbacks.saving import Saving, capture
 from dit_video.trainer.callbacks.throughput import peak_flops
+from dit_video.trainer.fit import Hardware, Spent, fit
+from dit_video.trainer.launch import free_port
+from dit_video.trainer.layout import Layout
+from dit_video.trainer.module import VideoDiffusion
 
 SIZES = {"base": (768, 12, 6), "xl": (1152, 28, 9), "1.3b": (1536, 30, 12)}
 CLIP = (17, 64, 64)  # frames, height, width in pixels; patch 1x4x4: 4352 tokens
@@ -114,7 +127,109 @@ def speed() -> None:
         torch.cuda.empty_cache()
 
 
+class Cut(VideoDiffusion):
+    """A module whose weights are laid out by FSDP2 although there is one rank."""
+
+    def configure_model(self) -> None:
+        if not self.learners:
+            device = self.trainer.strategy.root_device
+            self.prepare(Layout().mesh(device.type), device)
+
+
+class Times(L.Callback):
+    """When each step was over."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.at.append(time.perf_counter())
+
+
+def digest(module: VideoDiffusion) -> dict[str, int]:
+    """A number for each tensor of the state that differs as soon as a bit or a place does."""
+    found = {}
+    for group, parts in capture(module).items():
+        for name, part in parts.items():
+            bits = part.values.contiguous().view(torch.int32 if part.values.element_size() == 4 else torch.uint8).flatten()
+            weights = torch.arange(1, bits.numel() + 1, device=bits.device)
+            found[f"{group}/{name}"] = int((bits.to(torch.int64) * weights).sum())
+    return found
+
+
+def training(words: tuple[str, ...], steps: int = 6, clips: int = 1) -> bool:
+    """The real trainer under FSDP2 on one device: step time, peak memory, a checkpoint, and going on from it to the bit.
+
+    Clips have random pixels in place of latents: the same tokens, but three channels a patch in place of sixteen.
+    """
+    config = compose("train", take_apart(words))
+    data, hardware = config.data, Hardware(**plain(config.trainer))
+    grid = token_grid(data.num_frames, data.height, data.width, make_network(config).transformer.patch)
+
+    def batches(first: int) -> Iterator[Batch]:
+        for number in range(first, steps):
+            size = (clips, data.num_frames, data.height, data.width, 3)
+            video = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+            yield Batch(video, [CAPTION] * clips, [str(number)] * clips, torch.arange(clips) + clips * number, data.fps)
+
+    def run(saved: checkpoint.Saved | None, folder: Path, every: int) -> tuple[VideoDiffusion, Times]:
+        module = Cut(
+            make_network(config), make_objective(config), make(config.optimisers), config.max_clips, parallel=hardware.parallel
+        )
+        times, keep = Times(), checkpoint.Keep()
+        saving = Saving(every, folder, keep, saved, Spent(), asynchronous=True)
+        saving.on_train_end = lambda trainer, module: saving.finish(trainer, module)  # type: ignore[method-assign]
+        fit(module, batches(module.steps if saved is None else saved.meta["steps"]), [times, saving], [], hardware)
+        return module, times
+
+    cuda = hardware.accelerator != "cpu"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        module, times = run(None, folder, every=clips * (steps - 2))
+        seconds = statistics.median(b - a for a, b in zip(times.at[:-1], times.at[1:], strict=True))
+        flops = TRAINING * sum(flops_by_part(module.network, grid, clips, len(CAPTION.split())).values())
+        size = sum(p.numel() for p in module.network.parameters())
+        told = f"{size / 1e9:.2f}B parameters, {grid.num_tokens} tokens x {clips}, {seconds * 1e3:.0f} ms a step"
+        if cuda:
+            told += f", MFU {flops / seconds / peak_flops(torch.device('cuda')):.3f}"
+            told += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+        print(f"train under FSDP2: {told}", flush=True)
+        wanted = digest(module)
+        del module
+        if cuda:
+            torch.cuda.empty_cache()
+        found = checkpoint.newest(folder)
+        assert found is not None
+        again, _ = run(checkpoint.opened(found, checked=True), folder, every=0)
+        same = digest(again) == wanted
+        print(f"checkpoint of {sum(f.stat().st_size for f in found.iterdir()) / 1e9:.2f} GB at {found.name}; going on from it ends "
+              f"{'bit-equal  PASS' if same else 'differently  FAIL'}")  # fmt: skip
+    return same
+
+
+LARGE = (
+    "model=1.3b", "model.channels=3", "model.patch=[1,2,2]", "trainer=gpu", "trainer.recompute=full", "optimisers=adamw",
+    "data.num_frames=21", "data.height=60", "data.width=104",
+)  # fmt: skip
+"""32,760 tokens: those of 81 frames of 480 x 832 in the latents of an autoencoder that compresses 4 x 8 x 8."""
+
+
+def alone() -> None:
+    """A process group of one rank, which FSDP2 wants."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
 if __name__ == "__main__":
+    alone()
+    if not torch.cuda.is_available():  # the same lines on a small model, so that they are known to run
+        small = ("model.depth=2", "model.width=64", "model.heads=2", "trainer.precision=32-true", "optimisers=adamw")
+        sys.exit(0 if training(small) else 1)
     ok = correctness()
     speed()
+    ok &= training(LARGE)
     sys.exit(0 if ok else 1)
