@@ -415,3 +415,70 @@ def test_debug_profile_leaves_a_table_and_a_trace(world_shards: Path, tmp_path: 
     assert "Self CPU" in table.read_text() and "aten::" in table.read_text()
     traces = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     assert traces and all(trace["traceEvents"] for trace in traces)
+
+
+def test_a_run_whose_time_is_over_saves_and_says_that_it_is_to_be_started_again(
+    straight: Path, world_shards: Path, tmp_path: Path
+) -> None:
+    for steps in (1, 2):  # a step each time, as an hour has 3600 seconds
+        with pytest.raises(SystemExit) as stop:
+            train(world_shards, tmp_path, "run", *LENGTH, "trainer.max_hours=1e-9")
+        assert stop.value.code == 143
+        assert json.loads((max((tmp_path / "run" / "checkpoints").glob("step-*")) / "meta.json").read_text())["steps"] == steps
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train(world_shards, tmp_path, "run", *LENGTH) == 0
+    assert same(tensors(tmp_path / "run"), tensors(straight))
+    lines = records(tmp_path / "run")  # each step is in one of them
+    assert [line["step"] for line in lines] == [1, 2, 3, 6, 9, 12]
+    assert sum(line["train/loss"] for line in lines[:3]) / 3 == pytest.approx(records(straight)[0]["train/loss"])
+
+
+def test_a_changed_config_is_refused_with_what_differs_and_taken_when_it_is_accepted(
+    world_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(world_shards, tmp_path, "run", "max_clips=16") == 0
+    changed = ("max_clips=32", "optimisers.adamw_lr=0.5", "objective.caption_dropout=0.3")
+    capsys.readouterr()
+    assert train(world_shards, tmp_path, "run", *changed) == 1
+    told = capsys.readouterr().err
+    assert "objective.caption_dropout: 0.1 then, 0.3 now" in told and "optimisers.adamw_lr: 0.002 then, 0.5 now" in told
+    assert "accept_changed_config=true" in told
+    assert train(world_shards, tmp_path, "run", *changed, "accept_changed_config=true") == 0
+    assert "CONFIG CHANGED on the way: optimisers.adamw_lr: 0.002 then, 0.5 now" in caplog.text
+    assert train(world_shards, tmp_path, "run", *changed, "max_clips=40") == 0  # it is the run's own by now
+    assert train(world_shards, tmp_path, "run", *changed, "max_clips=48", "model.width=64", "accept_changed_config=true") == 1
+
+
+def test_what_fails_beside_training_is_told_and_changes_nothing(
+    straight: Path, world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dit_video import train as program
+    from dit_video.trainer.callbacks import sampling
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    looks = ("every.sample=24", "every.evaluate=48", "eval.suites.seen.count=2", "eval.suites.held_out.count=2")
+    monkeypatch.setattr(sampling, "contact_sheet", broken)  # after the weights were lent to sampling
+    assert train(world_shards, tmp_path, "late", *LENGTH, *looks) == 0
+    assert caplog.text.count("sampling FAILED after") == 4 and "training goes on: RuntimeError: out of luck" in caplog.text
+    monkeypatch.setattr(program, "generate", broken)  # while they are lent
+    caplog.clear()
+    assert train(world_shards, tmp_path, "early", *LENGTH, *looks) == 0
+    assert caplog.text.count("sampling FAILED after") == 4 and caplog.text.count("evaluation FAILED after") == 2
+    for name in ("late", "early"):
+        assert same(tensors(tmp_path / name), tensors(straight))
+        assert len(records(tmp_path / name, "failed/sampling")) == 4
+
+
+def test_the_checkpoints_that_are_asked_for_stay(world_shards: Path, tmp_path: Path) -> None:
+    keep = ("checkpoints.last=1", "checkpoints.every=40", "checkpoints.best=train/loss", "every.record=8", "every.save=8")
+    assert train(world_shards, tmp_path, "run", "max_clips=96", *keep) == 0
+    kept = {int(path.name[5:]) for path in checkpoint.listed(tmp_path / "run" / "checkpoints")}
+    losses = {line["step"]: line["train/loss"] for line in records(tmp_path / "run")}
+    assert {5, 10, 11, 12} <= kept and min(losses, key=lambda step: losses[step]) in kept and len(kept) <= 5
+    assert len(records(tmp_path / "run", "checkpoint/blocked_seconds")) == 12
+    meta = checkpoint.opened(tmp_path / "run" / "checkpoints" / "step-00000012").meta
+    assert meta["config"]["max_clips"] == 96 and meta["data"] and meta["code"] and meta["metrics"]["train/loss"] == losses[12]
+    for wrong in ("checkpoints.last=0", "checkpoints.best_is=nicest", "checkpoints.every=-1"):
+        assert train(world_shards, tmp_path, "wrong", wrong) == 1

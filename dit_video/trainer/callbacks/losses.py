@@ -10,6 +10,7 @@ import torch
 
 from dit_video.shapes import Batch
 from dit_video.trainer.callbacks.every import EveryClips
+from dit_video.trainer.layout import all_gathered
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.record import record
 
@@ -30,6 +31,10 @@ class LossRecord(EveryClips):
         if self.every_clips > 0:
             self.kept += pl_module.losses
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: VideoDiffusion) -> None:  # type: ignore[override]
+        if any(all_gathered(bool(self.kept))):  # so that every step is in one record, also of a run that stops early
+            self.act(trainer, pl_module)
 
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
         values: dict[str, list[float]] = defaultdict(list)
