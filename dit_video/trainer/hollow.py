@@ -3,8 +3,10 @@
 So a step's memory and FLOPs are predicted by the very code that takes it, for any network, on any layout, on one process.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,9 @@ from dit_video.shapes import Batch
 from dit_video.trainer.fit import Hardware
 from dit_video.trainer.memory import STEPS, Ledger, Memory, watch
 from dit_video.trainer.module import VideoDiffusion
+
+SEEN = 2
+"""Micro-batches of a step; from the second on there are gradients beside the activations."""
 
 # What autocast does on a GPU and not on a CPU, besides products of matrices (torch's autocast op reference).
 WIDEST = ("addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "index_put", "scatter_add", "tensordot", "vdot")
@@ -54,18 +59,23 @@ class HollowLedger(Ledger):
         super().__init__()
         self.hollow = hollow
 
-    def number(self, tensor: Tensor) -> int | None:
-        return super().number(tensor) if self.hollow.depth == 1 else None
+    def hides(self, tensor: Tensor) -> bool:
+        return self.hollow.depth > 1
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **kwargs)
 
 
 def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], Batch], hardware: Hardware) -> Memory:
-    """What rank 0 holds in steps of its part of a batch, in a world of `hardware`; a GPU's autocast is imitated for one."""
+    """What rank 0 holds in steps of its part of a batch, in a world of `hardware`; a GPU's autocast is imitated for one.
+
+    Two micro-batches are gone through, as no later one differs from the second, and what a step computes is counted for all of them.
+    """
     layout = hardware.parallel.layout
     on_gpu = hardware.accelerator != "cpu"
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of torch about tensors without contents
         if layout.world_size > 1:
             stack.enter_context(_world(layout.world_size))
             mesh = layout.mesh("cpu")
@@ -81,16 +91,27 @@ def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], 
             if on_gpu:
                 stack.enter_context(_autocast_of_a_gpu())
             stack.enter_context(MixedPrecision("bf16-mixed", "cpu").forward_context())
-        following = make_batch()
+        ahead = make_batch()  # the loader's next one
         for number in range(STEPS):
-            batch, following = following, make_batch()  # the loader is one step ahead
-            module.training_step(batch, number)
-        return ledger.read(STEPS)
+            batch, ahead = ahead, make_batch()
+            ledger.name_batch(ahead)
+            taken = sorted(batch.parts, reverse=True)[:SEEN]
+            module.training_step(replace(batch, parts=taken), number)
+        found = ledger.read(STEPS)
+    clips, times = sum(batch.parts) / sum(taken), len(batch.parts) / len(taken)
+    more = {"forward": 1.0, "backward": 1.0, "update": 0.0}
+    return replace(
+        found,
+        flops={phase: value * (1 + more[phase] * (clips - 1)) for phase, value in found.flops.items()},
+        made={phase: value * (1 + more[phase] * (clips - 1)) for phase, value in found.made.items()},
+        sent={phase: value * (1 + more[phase] * (times - 1)) for phase, value in found.sent.items()},
+    )
 
 
 @contextmanager
 def _world(size: int) -> Iterator[None]:
     """A process group of which this is rank 0 and the others are imagined."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -100,6 +121,7 @@ def _world(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it remembers the groups, and a world to come may look the same
 
 
 @contextmanager
@@ -107,7 +129,11 @@ def _autocast_of_a_gpu() -> Iterator[None]:
     """Lets autocast of the CPU's tensors treat operations as a GPU's does."""
 
     def cast(operation: Any, how: str, *arguments: Any, **named: Any) -> Any:
-        floats = [x.dtype for x in tree_leaves((arguments, named)) if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float32)]
+        floats = [
+            x.dtype
+            for x in tree_leaves((arguments, named))
+            if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float32)
+        ]
         wide = torch.float32 if how == "in" or (how == "widest" and torch.float32 in floats) else None
 
         def widened(x: Tensor) -> Tensor:

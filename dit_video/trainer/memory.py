@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,11 +24,20 @@ from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.parallel import local
 
 PHASES = ("forward", "backward", "update")
+KEPT = ("transformer", "text encoder", "further losses", "averages", "optimisers", "gradients")
+"""Parts that are cut with the weights."""
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
 """Activations are what a forward pass leaves behind for its backward pass; temporaries are what no part of the module keeps."""
 
 STEPS = 2
 """The first makes the optimisers' state, the second has it from its beginning."""
+
+FLOPS: dict[Any, Callable[..., int]] = flop_registry | {  # torch's counter knows the kernels of GPUs
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 Parts = dict[str, int]  # bytes by part
 
@@ -38,9 +48,11 @@ class Memory:
 
     peaks: dict[str, Parts]  # for each phase what each part holds at the moment at which all together hold most
     most: Parts  # what each part holds at its own greatest
-    flops: int  # of products of matrices and attention, those that are computed again and the optimisers' among them
-    made: int  # bytes of new tensors
-    sent: int  # bytes that go to other ranks, at the most
+    flops: dict[
+        str, float
+    ]  # of each phase of one step: products of matrices and attention, those that are computed again among them
+    made: dict[str, float]  # bytes of new tensors
+    sent: dict[str, float]  # bytes that go to other ranks, at the most
 
     @property
     def peak(self) -> int:
@@ -50,6 +62,16 @@ class Memory:
     def worst(self) -> str:
         """The phase that needs most."""
         return max(self.peaks, key=lambda phase: sum(self.peaks[phase].values()))
+
+
+def along(one: Memory, other: Memory, times: float) -> Memory:
+    """What lies on the line from one to another, times as far as that: memory of more blocks from that of fewer."""
+
+    def line(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+        return {key: a.get(key, 0) + times * (b.get(key, 0) - a.get(key, 0)) for key in {**a, **b}}
+
+    peaks = {phase: line(one.peaks[phase], other.peaks[phase]) for phase in PHASES}
+    return Memory(peaks, *(line(getattr(one, name), getattr(other, name)) for name in ("most", "flops", "made", "sent")))
 
 
 class Ledger(TorchDispatchMode):
@@ -63,7 +85,8 @@ class Ledger(TorchDispatchMode):
         self.device, self.phase = device, "build"
         self.log: list[tuple[int, int, str]] = []  # a storage's number, bytes more or fewer, phase
         self.part: dict[int, str] = {}  # of the storages of which it is known
-        self.flops = self.sent = 0
+        self.flops: Counter[str] = Counter()  # by phase
+        self.sent: Counter[str] = Counter()
         self._alive: dict[int, tuple[int, weakref.ref]] = {}  # number and storage, by address
         self._size: dict[int, int] = {}  # by number, of those alive
         self._born: dict[int, str] = {}
@@ -79,7 +102,7 @@ class Ledger(TorchDispatchMode):
                 ledger._write(ledger._alive[storage._cdata][0], storage.nbytes())
             return done
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -94,11 +117,13 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.number(tensor)
-        if (packet := getattr(func, "_overloadpacket", None)) in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        if (count := FLOPS.get(getattr(func, "_overloadpacket", None))) is not None:
+            self.flops[self.phase] += count(*args, **kwargs, out_val=result)
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
             twice = 2 if "reduce" in func.name() and "scatter" not in func.name() else 1  # pieces are summed, then handed round
-            self.sent += twice * max((x.nbytes for x in tree_leaves((args, result)) if isinstance(x, Tensor)), default=0)
+            self.sent[self.phase] += twice * max(
+                (x.nbytes for x in tree_leaves((args, result)) if isinstance(x, Tensor)), default=0
+            )
         return result
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -107,7 +132,7 @@ class Ledger(TorchDispatchMode):
 
     def number(self, tensor: Tensor) -> int | None:
         """The number of a tensor's storage, which is written down where it is new; none where it lies elsewhere."""
-        if tensor.device.type != self.device or tensor.layout != torch.strided:
+        if self.hides(tensor) or tensor.device.type != self.device or tensor.layout != torch.strided:
             return None
         storage = tensor.untyped_storage()
         address = storage._cdata
@@ -124,6 +149,10 @@ class Ledger(TorchDispatchMode):
             self._write(number, storage.nbytes())
         return self._alive[address][0]
 
+    def hides(self, tensor: Tensor) -> bool:
+        """Whether a tensor has no contents, as those that DTensor asks for the shape of a result with."""
+        return isinstance(tensor, FakeTensor)
+
     def _write(self, number: int, size: int) -> None:
         if change := size - self._size.get(number, 0):
             self.log.append((number, change, self.phase))
@@ -134,6 +163,10 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             if tensor is not None and (number := self.number(local(tensor.detach()))) is not None:
                 self.part.setdefault(number, part)
+
+    def name_batch(self, batch: Batch) -> None:
+        """Says that a batch is one."""
+        self.name("batch", [batch.video, batch.weights, batch.slots, batch.starts, batch.audio, batch.has_audio])
 
     def name_activations(self) -> None:
         """What was made in the forward pass that is now over, and is still there, are activations."""
@@ -146,18 +179,20 @@ class Ledger(TorchDispatchMode):
         held: Counter[str] = Counter()
         peaks: dict[str, Parts] = {}
         most: Parts = {}
-        total = made = 0
+        made: Counter[str] = Counter()
+        total = 0
         for number, change, phase in self.log:
             part = self.part.get(number, TEMPORARIES)
             held[part] += change
             total += change
             if phase not in PHASES:
                 continue
-            made += max(change, 0)
+            made[phase] += max(change, 0)
             if phase not in peaks or total > sum(peaks[phase].values()):
                 peaks[phase] = dict(held)
             most[part] = max(most.get(part, 0), held[part])
-        return Memory(peaks, most, self.flops // steps, made // steps, self.sent // steps)
+        each_step = ({phase: each[phase] / steps for phase in PHASES} for each in (self.flops, made, self.sent))
+        return Memory(peaks, most, *each_step)
 
 
 @contextmanager
@@ -173,7 +208,7 @@ def watch(module: VideoDiffusion, ledger: Ledger) -> Iterator[None]:
             handles.extend(optimiser.register_step_post_hook(stepped) for optimiser in module.named_optimisers.values())
         batch = arguments[1]
         ledger.phase = "forward"
-        ledger.name("batch", [batch.video, batch.weights, batch.slots, batch.starts])
+        ledger.name_batch(batch)
         ledger.name("transformer", module.network.transformer.parameters())
         ledger.name("text encoder", module.network.text.parameters())
         ledger.name("further losses", module.objective.parameters())
@@ -208,5 +243,5 @@ def measure(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], 
     with ledger:
         module = make_module()
         with watch(module, ledger):
-            fit(module, (make_batch() for _ in range(STEPS)), [], [], hardware)
-    return ledger.read(STEPS)
+            fit(module, (make_batch() for _ in range(STEPS + 1)), [], [], hardware)  # the last has no next one beside it
+    return ledger.read(STEPS + 1)
