@@ -48,6 +48,14 @@ COMMANDS = {
             "dit-video doctor train=false",
         ),
     ),
+    "plan": Command(
+        "predict the memory, time and cost of a training, and what to change where it does not fit",
+        (
+            "dit-video plan experiment=world_quick trainer=gpu device=h100",
+            "dit-video plan model=1.3b trainer=fsdp trainer.devices=8 data.num_frames=81 data.height=480 data.width=832 price=2.5",
+            "dit-video plan experiment=world_quick measure=true",
+        ),
+    ),
     "data": Command(
         "make, index and check shards of captioned clips, and look at a step of training",
         (

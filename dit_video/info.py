@@ -1,7 +1,7 @@
 """`dit-video info`: parameters, FLOPs and memory of a model by part for a given clip, without building it in memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 from rich import box
@@ -23,10 +23,7 @@ def main(config: DictConfig) -> None:
     _check(config)
     network = make_network(config)
 
-    # One token covers a patch of latents, and a latent covers several pixels; the frame rule holds for the product of both.
-    transformer = network.transformer
-    compression = config.compression or ((1, 1, 1) if transformer.channels == 3 else LATENT_COMPRESSION)
-    patch = Patch(*(size * pixels for size, pixels in zip(transformer.patch, compression, strict=True)))
+    patch = pixels_of_a_token(network, config.compression)
     num_frames = valid_frames(config.num_frames, patch.t)
     grid = token_grid(num_frames, config.height, config.width, patch)
 
@@ -44,6 +41,11 @@ def _check(config: DictConfig) -> None:
     for name in ("batch_size", "caption_words", "fps"):
         if not config[name] > 0:
             raise ValueError(f"{name} must be more than 0, got {config[name]}; set {name}")
+    check_tokens(config)
+
+
+def check_tokens(config: DictConfig) -> None:
+    """ValueError where the caption is longer than what is read of it, or the compression is none."""
     if config.caption_words > (limit := config.text.get("max_words", math.inf)):
         raise ValueError(f"caption_words {config.caption_words} is more than text.max_words {limit}; set text.max_words")
     if config.compression and (len(config.compression) != 3 or min(config.compression) < 1):
@@ -52,17 +54,27 @@ def _check(config: DictConfig) -> None:
         )
 
 
+def compression_of(network: Network, compression: Sequence[int] | None) -> Patch:
+    """How many frames, rows and columns of pixels one of the values that the transformer takes covers; none said: what is usual."""
+    return Patch(*(compression or ((1, 1, 1) if network.transformer.channels == 3 else LATENT_COMPRESSION)))
+
+
+def pixels_of_a_token(network: Network, compression: Sequence[int] | None) -> Patch:
+    """A token covers a patch of latents, and a latent covers several pixels; the frame rule holds for the product of both."""
+    return Patch(*(a * b for a, b in zip(network.transformer.patch, compression_of(network, compression), strict=True)))
+
+
 def _costs(parameters: Mapping[str, int], flops: Mapping[str, int], batch_size: int) -> Table:
     title = "Parameters and FLOPs (a multiply-add counts as 2)"
-    table = _table(title, "part", "parameters", "", "forward", "", "training step")
+    table = table_of(title, "part", "parameters", "", "forward", "", "training step")
     all_parameters, all_flops = sum(parameters.values()), sum(flops.values())
     for part in sorted({*parameters, *flops}, key=lambda part: -flops.get(part, 0)):
         count, cost = parameters.get(part, 0), flops.get(part, 0)
-        share, step = cost / all_flops, _with_unit(cost * TRAINING * batch_size)
-        table.add_row(part, f"{count:,}", f"{count / all_parameters:.1%}", _with_unit(cost), f"{share:.1%}", step)
+        share, step = cost / all_flops, with_unit(cost * TRAINING * batch_size)
+        table.add_row(part, f"{count:,}", f"{count / all_parameters:.1%}", with_unit(cost), f"{share:.1%}", step)
     table.add_section()
-    step = _with_unit(all_flops * TRAINING * batch_size)
-    table.add_row("all", f"{all_parameters:,}", "", _with_unit(all_flops), "", step)
+    step = with_unit(all_flops * TRAINING * batch_size)
+    table.add_row("all", f"{all_parameters:,}", "", with_unit(all_flops), "", step)
     return table
 
 
@@ -78,15 +90,16 @@ def _memory(network: Network) -> Table:
         "Muon's momentum": (4, num_hidden),
         "AdamW's two moments": (8, num_rest),
     }
-    table = _table("Memory in training, without activations", "what", "size", "parameters")
+    table = table_of("Memory in training, without activations", "what", "size", "parameters")
     for name, (bytes_each, count) in rows.items():
-        table.add_row(name, _with_unit(bytes_each * count, "B"), f"{count:,}")
+        table.add_row(name, with_unit(bytes_each * count, "B"), f"{count:,}")
     table.add_section()
-    table.add_row("all", _with_unit(sum(bytes_each * count for bytes_each, count in rows.values()), "B"))
+    table.add_row("all", with_unit(sum(bytes_each * count for bytes_each, count in rows.values()), "B"))
     return table
 
 
-def _table(title: str, first: str, *others: str) -> Table:
+def table_of(title: str, first: str, *others: str) -> Table:
+    """An empty table: a column of names, and columns of numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.add_column(first, no_wrap=True)
     for heading in others:
@@ -94,6 +107,7 @@ def _table(title: str, first: str, *others: str) -> Table:
     return table
 
 
-def _with_unit(amount: float, unit: str = "") -> str:
+def with_unit(amount: float, unit: str = "") -> str:
+    """Three digits and a prefix of thousands."""
     step = min(int(math.log10(max(amount, 1)) / 3), 5)
     return f"{amount / 1000**step:.3g} {'KMGTP'[step - 1 : step]}{unit}".rstrip()

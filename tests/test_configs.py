@@ -91,7 +91,7 @@ CHOICES = [
     (group, option)
     for group in (
         "data", "text", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver", "optimisers", "eval",
-        "logger", "trainer", "experiment", "debug",
+        "logger", "trainer", "experiment", "debug", "device",
     )
     for option in options(group)
 ]  # fmt: skip
@@ -104,7 +104,7 @@ def test_every_choice_composes_and_builds(group: str, option: str) -> None:
 
     if (group, option) == ("model/attention", "flash"):
         return  # see test_flash_is_built_where_it_can_be
-    config = compose("train", take_apart([f"{group}={option}", "data.shards=unused.tar"]))
+    config = compose("plan" if group == "device" else "train", take_apart([f"{group}={option}", "data.shards=unused.tar"]))
     check_targets(config)
     assert all(parameter.is_meta for parameter in make_network(config).parameters())
     assert make_objective(config).tasks

@@ -125,6 +125,33 @@ COMMON = (
 )  # fmt: skip
 
 
+def prediction() -> None:
+    """Line 5, the second half: what the plan says a rank will hold, beside what two real steps hold there."""
+    from layout_work import errors, planned, run_ranks
+
+    small = ("model=small", "data.batch_size=2", "model.depth=6")
+    configs = {
+        "tiny, bf16, written-out attention, Muon": (),
+        "small, float32, sdpa, recompute full": (*small, "trainer.precision=32-true", "model/attention=sdpa", "trainer.recompute=full"),
+        "tiny, cross-attention, AdamW, a bucket of 17 frames, 3 micro-batches": (
+            "model.text=cross", "optimisers=adamw", "data.buckets=[{num_frames: 1}, {num_frames: 17, height: 48}]", "data.micro_batches=3",
+        ),
+        "tiny, fsdp 2, recompute selective": ("trainer.devices=2", "trainer.layout.shard=2", "trainer.recompute=selective"),
+    }  # fmt: skip
+    for name, words in configs.items():
+        for predicted, found in run_ranks(2 if "fsdp 2" in name else 1, planned, words):
+            off = errors(predicted, found)
+            part = max(off, key=lambda part: abs(off[part]))
+            told = f"{predicted.peak / 1e6:.2f} MB at the peak, measured {found.peak / 1e6:.2f}, error {off['peak']:+.2%}"
+            line(5, f"plan of {name}", f"{told}; furthest off: {part} {off[part]:+.2%}", max(map(abs, off.values())) < 0.1)
+
+
+def memory() -> None:
+    """Line 5: a rank's memory, held and predicted."""
+    shares()
+    prediction()
+
+
 def launchers() -> None:
     """Line 6: the README's commands under torchrun, submitit's local executor and as a sweep, on small data and a small model."""
     program = str(ROOT / ".venv/bin/dit-video") if (ROOT / ".venv/bin/dit-video").exists() else "dit-video"
@@ -174,7 +201,7 @@ def gpu() -> None:
 
 
 LINES: dict[int, Callable[[], None]] = {
-    1: same_mathematics, 2: elastic, 3: faults, 4: looking, 5: shares, 6: launchers, 7: gpu,
+    1: same_mathematics, 2: elastic, 3: faults, 4: looking, 5: memory, 6: launchers, 7: gpu,
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from dit_video.build import make_network as make_plain_network
+from dit_video.compose import compose, take_apart
 from dit_video.data.plan import Step
 from dit_video.model.layers import initialise
 from dit_video.model.network import Network
@@ -19,10 +21,12 @@ from dit_video.model.transformer import VideoTransformer
 from dit_video.objective.levels import LogitNormal
 from dit_video.objective.objective import Objective
 from dit_video.objective.tasks import FirstFrames, TextToVideo
+from dit_video.plan import Choice, check, find_buckets, measured
 from dit_video.seeding import seeded
 from dit_video.shapes import Batch
 from dit_video.trainer.fit import Hardware, fit
 from dit_video.trainer.layout import Layout
+from dit_video.trainer.memory import PHASES, Memory
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.optim import Optimisers
 from dit_video.trainer.parallel import local, whole
@@ -212,3 +216,20 @@ def held(layout: dict[str, int]) -> dict[str, int]:
         "optimiser": [value for value in states if value.ndim], "average": module.ema.averages[0.9],
     }  # fmt: skip
     return {kind: sum(local(tensor).numel() for tensor in tensors) for kind, tensors in kinds.items()}
+
+
+def planned(words: Sequence[str]) -> tuple[Memory, Memory]:
+    """What `dit-video plan` predicts of this rank for a command line, and what two steps taken here hold."""
+    config = compose("plan", take_apart([*words, "data.shards=nowhere.tar"]))
+    network, choice = make_plain_network(config), Choice(check(config), config.data.micro_batches)
+    buckets, _ = find_buckets(config, network, choice)
+    predicted, found, _ = measured(config, network, buckets[-1], choice)
+    return predicted, found
+
+
+def errors(predicted: Memory, found: Memory) -> dict[str, float]:
+    """Relative errors of the peak, of each phase's peak, and of every part that is a twentieth of the peak or more."""
+    pairs = {"peak": (predicted.peak, found.peak)}
+    pairs |= {phase: (sum(predicted.peaks[phase].values()), sum(found.peaks[phase].values())) for phase in PHASES}
+    pairs |= {part: (predicted.most.get(part, 0), size) for part, size in found.most.items() if size > found.peak / 20}
+    return {name: one / other - 1 for name, (one, other) in pairs.items()}
