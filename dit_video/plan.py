@@ -18,23 +18,21 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dit_video.build import check_whole, make, make_network, make_objective, plain
+from dit_video.build import check_whole, make, make_network, plain
 from dit_video.data.buckets import ClipShape, level
 from dit_video.data.errors import BadDataError
 from dit_video.data.loader import ClipLoader
 from dit_video.data.plan import Step
 from dit_video.info import check_tokens, compression_of, pixels_of_a_token, table_of, with_unit
 from dit_video.model.cost import TRAINING, flops_by_part, parameters_by_part
-from dit_video.model.layers import initialise
 from dit_video.model.network import Network
 from dit_video.shapes import Batch, token_grid
 from dit_video.train import check as check_training
-from dit_video.train import first_rank
+from dit_video.train import make_module
 from dit_video.trainer.fit import Hardware
 from dit_video.trainer.hollow import predict
 from dit_video.trainer.layout import Layout
 from dit_video.trainer.memory import KEPT, PHASES, Memory, along, measure
-from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.parallel import Recompute
 
 log = logging.getLogger(__name__)
@@ -96,7 +94,7 @@ def main(config: DictConfig) -> None:
     network = make_network(config)
     choice, devices = Choice(hardware, config.data.micro_batches), hardware.parallel.layout.world_size
     buckets, told = find_buckets(config, network, choice)
-    console = Console(highlight=False, soft_wrap=True, quiet=not first_rank(), width=120)
+    console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0", width=120)
 
     def say(lines: Iterable[str | Table]) -> None:
         for line in lines:
@@ -193,7 +191,9 @@ def _shapes(data: DictConfig) -> list[ClipShape]:
 def predict_step(config: DictConfig, network: Network, bucket: Bucket, choice: Choice) -> Memory:
     """What the rank with most clips holds in a step of a bucket."""
     return predict(
-        partial(_module, config, choice.hardware, "cpu"), partial(_batch, config, network, bucket, choice), choice.hardware
+        partial(make_module, unstarted(config), None, choice.hardware),
+        partial(_batch, config, network, bucket, choice),
+        choice.hardware,
     )
 
 
@@ -209,12 +209,9 @@ def estimate_step(config: DictConfig, network: Network, bucket: Bucket, choice: 
     return along(few, more, (depth - FEW[0]) / (FEW[1] - FEW[0]))
 
 
-def _module(config: DictConfig, hardware: Hardware, device: str) -> VideoDiffusion:
-    network = make_network(config, device)
-    if device == "meta":
-        initialise(network, config.seed)
-    objective, optimisers = make_objective(config), make(config.optimisers)
-    return VideoDiffusion(network, objective, optimisers, config.max_clips, config.ema_decay, hardware.parallel)
+def unstarted(config: DictConfig) -> DictConfig:
+    """A config without the run that it starts from, whose weights need not be there yet."""
+    return OmegaConf.merge(config, {"init_from": None})  # type: ignore[return-value]
 
 
 def _batch(config: DictConfig, network: Network, bucket: Bucket, choice: Choice) -> Batch:
@@ -500,7 +497,7 @@ def measured(config: DictConfig, network: Network, bucket: Bucket, choice: Choic
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     make_batch = partial(_batch, config, network, bucket, choice)
-    found = measure(partial(_module, config, choice.hardware, "meta"), make_batch, choice.hardware)
+    found = measure(partial(make_module, unstarted(config), None, choice.hardware), make_batch, choice.hardware)
     return predicted, found, torch.cuda.max_memory_allocated() if on_gpu else None
 
 

@@ -63,7 +63,13 @@ class HollowLedger(Ledger):
         return self.hollow.depth > 1
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if self.hollow.depth == 1 and kwargs.get("device") == torch.device(
+            "meta"
+        ):  # memory need not be given later: nothing has any
+            kwargs = kwargs | {"device": torch.device(self.device)}
+        return func(*args, **kwargs)
 
 
 def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], Batch], hardware: Hardware) -> Memory:
@@ -73,6 +79,7 @@ def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], 
     """
     layout = hardware.parallel.layout
     on_gpu = hardware.accelerator != "cpu"
+    mesh = None
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of torch about tensors without contents
@@ -83,8 +90,8 @@ def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], 
         hollow = stack.enter_context(Hollow(allow_non_fake_inputs=True))
         ledger = stack.enter_context(HollowLedger(hollow))
         module = make_module()
-        if layout.world_size > 1:
-            module.prepare(mesh)
+        module.to = lambda device: module  # type: ignore[method-assign,assignment] # it lies nowhere
+        module.prepare(mesh)
         module.manual_backward = Tensor.backward  # type: ignore[method-assign,assignment]
         stack.enter_context(watch(module, ledger))
         if hardware.precision == "bf16-mixed":
@@ -98,6 +105,11 @@ def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], 
             taken = sorted(batch.parts, reverse=True)[:SEEN]
             module.training_step(replace(batch, parts=taken), number)
         found = ledger.read(STEPS)
+    if on_gpu and module.offload_ema:
+        peaks = {
+            phase: {part: size for part, size in parts.items() if part != "averages"} for phase, parts in found.peaks.items()
+        }
+        found = replace(found, peaks=peaks, most={part: size for part, size in found.most.items() if part != "averages"})
     clips, times = sum(batch.parts) / sum(taken), len(batch.parts) / len(taken)
     more = {"forward": 1.0, "backward": 1.0, "update": 0.0}
     return replace(

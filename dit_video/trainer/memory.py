@@ -24,7 +24,7 @@ from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.parallel import local
 
 PHASES = ("forward", "backward", "update")
-KEPT = ("transformer", "text encoder", "further losses", "averages", "optimisers", "gradients")
+KEPT = ("transformer", "text encoder", "other networks", "averages", "optimisers", "gradients")
 """Parts that are cut with the weights."""
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
 """Activations are what a forward pass leaves behind for its backward pass; temporaries are what no part of the module keeps."""
@@ -199,20 +199,16 @@ class Ledger(TorchDispatchMode):
 def watch(module: VideoDiffusion, ledger: Ledger) -> Iterator[None]:
     """Tells a ledger what the storages of a module are, and in which phase its training steps are."""
 
-    def parameters() -> list[Tensor]:
-        return [*module.network.parameters(), *module.objective.parameters()]
-
     def begin(_: Any, arguments: tuple) -> None:
-        """A micro-batch begins."""
-        if not handles:  # of several ranks, each makes its optimisers when all have met
+        """The objective is asked: a micro-batch begins."""
+        if not handles:  # the optimisers are made when all ranks have met
             handles.extend(optimiser.register_step_post_hook(stepped) for optimiser in module.named_optimisers.values())
-        batch = arguments[1]
         ledger.phase = "forward"
-        ledger.name_batch(batch)
+        ledger.name_batch(arguments[1])
         ledger.name("transformer", module.network.transformer.parameters())
         ledger.name("text encoder", module.network.text.parameters())
-        ledger.name("further losses", module.objective.parameters())
-        ledger.name("averages", [*module.ema.network.parameters(), *module.ema.network.buffers()])
+        ledger.name("other networks", (p for part in module.trained_parts().values() for p in part.parameters()))
+        ledger.name("averages", (average for each in module.ema.averages.values() for average in each))
 
     backward = module.manual_backward
 
@@ -220,7 +216,7 @@ def watch(module: VideoDiffusion, ledger: Ledger) -> Iterator[None]:
         ledger.name_activations()
         ledger.phase = "backward"
         backward(loss, *arguments, **named)
-        ledger.name("gradients", [parameter.grad for parameter in parameters()])
+        ledger.name("gradients", [p.grad for learner in module.learners.values() for p in learner.parameters])
         ledger.phase = "update"
 
     def stepped(optimiser: torch.optim.Optimizer, *_: Any) -> None:

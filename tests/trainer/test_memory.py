@@ -14,7 +14,8 @@ from layout_work import errors, planned, run_ranks  # noqa: E402
 
 from dit_video.build import make_network  # noqa: E402
 from dit_video.compose import compose, take_apart  # noqa: E402
-from dit_video.plan import Choice, _batch, _module, check, find_buckets, predict_step  # noqa: E402
+from dit_video.plan import Choice, _batch, check, find_buckets, predict_step, unstarted  # noqa: E402
+from dit_video.train import make_module  # noqa: E402
 from dit_video.trainer.fit import fit  # noqa: E402
 from dit_video.trainer.hollow import _autocast_of_a_gpu  # noqa: E402
 from dit_video.trainer.memory import Ledger, Memory, along  # noqa: E402
@@ -96,7 +97,7 @@ def test_the_allocator_of_a_cpu_says_the_same() -> None:
     network, choice = make_network(config), Choice(check(config), 1)
     (bucket,), _ = find_buckets(config, network, choice)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        module = _module(config, choice.hardware, "meta")
+        module = make_module(unstarted(config), None, choice.hardware)
         fit(module, (_batch(config, network, bucket, choice) for _ in range(3)), [], [], choice.hardware)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
