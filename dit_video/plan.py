@@ -145,7 +145,13 @@ def check(config: DictConfig) -> Hardware:
         sizes = keys["layout"]
         if None not in sizes.values() and math.prod(sizes.values()) != config.devices:
             keys["layout"] = sizes | {"replicate": None}
-    return Hardware(**keys)
+    hardware = Hardware(**keys)
+    if config.measure and hardware.parallel.layout.world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"measuring takes a process a device, {hardware.parallel.layout.world_size} of them; start the plan with torchrun "
+            f"--nproc-per-node={hardware.devices}, or set measure=false"
+        )
+    return hardware
 
 
 def find_buckets(config: DictConfig, network: Network, choice: Choice) -> tuple[list[Bucket], str | None]:
@@ -487,11 +493,6 @@ def measured(config: DictConfig, network: Network, bucket: Bucket, choice: Choic
     """Predicted and measured memory of two real steps taken here, and what torch's allocator says of a GPU."""
     hardware = choice.hardware
     on_gpu = hardware.accelerator != "cpu" and torch.cuda.is_available()
-    if hardware.parallel.layout.world_size != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"measuring takes a process a device, {hardware.parallel.layout.world_size} of them; start the plan with torchrun "
-            f"--nproc-per-node={hardware.devices}, or set measure=false"
-        )
     choice = replace(choice, hardware=replace(hardware, accelerator=hardware.accelerator if on_gpu else "cpu"))
     predicted = predict_step(config, network, bucket, choice)
     if on_gpu:

@@ -62,6 +62,7 @@ def test_measuring_prints_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert abs(float(error)) < 10
 
 
+@pytest.mark.slow
 def test_what_is_suggested_fits_when_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """On a device with less memory than the step needs, and one with less than any layout of it leaves free."""
     words = [*WORDS, "data.batch_size=16", "optimisers=adamw"]

@@ -90,7 +90,7 @@ def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], 
         hollow = stack.enter_context(Hollow(allow_non_fake_inputs=True))
         ledger = stack.enter_context(HollowLedger(hollow))
         module = make_module()
-        module.to = lambda device: module  # type: ignore[method-assign,assignment] # it lies nowhere
+        module.to = lambda device: module  # type: ignore  # it lies nowhere
         module.prepare(mesh)
         module.manual_backward = Tensor.backward  # type: ignore[method-assign,assignment]
         stack.enter_context(watch(module, ledger))
