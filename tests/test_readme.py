@@ -37,6 +37,7 @@ def test_the_readme_has_commands_of_every_program() -> None:
         "sample",
         "evaluate",
         "info",
+        "plan",
         "doctor",
         "data",
         "checkpoint",

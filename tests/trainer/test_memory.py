@@ -37,6 +37,9 @@ CONFIGS = {
 LAYOUTS = {
     "fsdp 2": ("trainer.devices=2", "trainer.layout.shard=2"),
     "fsdp 2, AdamW, recompute full": ("trainer.devices=2", "trainer.layout.shard=2", "optimisers=adamw", "trainer.recompute=full"),
+    "fsdp 2, weights travel in bfloat16, two averages": (
+        "trainer.devices=2", "trainer.layout.shard=2", "trainer.gather_precision=bfloat16", "ema_decay=[0.9,0.99]",
+    ),
     "ddp 2, micro-batches": ("trainer.devices=2", "trainer.layout.replicate=2", "data.micro_batches=6"),
     "context 2": ("trainer.devices=2", "trainer.layout.context=2", "trainer.recompute=selective"),
     "fsdp x context 2x2, float32": ("trainer.devices=4", "trainer.layout.shard=2", "trainer.layout.context=2", "trainer.precision=32-true"),
