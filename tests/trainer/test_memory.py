@@ -39,6 +39,7 @@ LAYOUTS = {
     "fsdp 2, AdamW, recompute full": ("trainer.devices=2", "trainer.layout.shard=2", "optimisers=adamw", "trainer.recompute=full"),
     "fsdp 2, weights travel in bfloat16, two averages": (
         "trainer.devices=2", "trainer.layout.shard=2", "trainer.gather_precision=bfloat16", "ema_decay=[0.9,0.99]",
+        "sampler.precision=bfloat16",
     ),
     "ddp 2, micro-batches": ("trainer.devices=2", "trainer.layout.replicate=2", "data.micro_batches=6"),
     "context 2": ("trainer.devices=2", "trainer.layout.context=2", "trainer.recompute=selective"),
