@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dit_video.shapes import Batch
 from dit_video.trainer.fit import Hardware
+from dit_video.trainer.layout import Layout
 from dit_video.trainer.memory import STEPS, Ledger, Memory, watch
 from dit_video.trainer.module import VideoDiffusion
 
@@ -86,7 +88,8 @@ def predict(make_module: Callable[[], VideoDiffusion], make_batch: Callable[[], 
         if layout.world_size > 1:
             stack.enter_context(_world(layout.world_size))
             mesh = layout.mesh("cpu")
-            layout.weights_mesh(mesh)  # which is remembered: groups are made of numbers that must be read
+            weights = layout.weights_mesh(mesh)  # made now, as groups are made of numbers that must be read
+            stack.enter_context(patch.object(Layout, "weights_mesh", lambda *_: weights))
         hollow = stack.enter_context(Hollow(allow_non_fake_inputs=True))
         ledger = stack.enter_context(HollowLedger(hollow))
         module = make_module()

@@ -42,6 +42,7 @@ LAYOUTS = {
         "sampler.precision=bfloat16",
     ),
     "ddp 2, micro-batches": ("trainer.devices=2", "trainer.layout.replicate=2", "data.micro_batches=6"),
+    "hsdp 2x2": ("trainer.devices=4", "trainer.layout.replicate=2", "trainer.layout.shard=2", "data.micro_batches=4"),
     "context 2": ("trainer.devices=2", "trainer.layout.context=2", "trainer.recompute=selective"),
     "fsdp x context 2x2, float32": ("trainer.devices=4", "trainer.layout.shard=2", "trainer.layout.context=2", "trainer.precision=32-true"),
 }  # fmt: skip
