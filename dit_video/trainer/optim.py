@@ -12,6 +12,10 @@ from dit_video.trainer.guard import Guard
 from dit_video.trainer.parallel import local
 
 
+AT_ONCE = 1 << 28
+"""Numbers of Muon's matrices that are gathered and iterated together, at most; of a single weight that is larger, all."""
+
+
 def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The nearest (semi-)orthogonal matrices `k rows columns`, approximately.
 
@@ -53,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        waiting: dict[tuple, list[tuple[nn.Parameter, Tensor, dict]]] = defaultdict(list)
+        waiting: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, dict]]] = defaultdict(list)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters:
@@ -64,15 +68,23 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
             for parameter, move in zip(parameters, ahead, strict=True):
-                parts = gathered(move, parameter).unflatten(0, (group["matrices"], -1))
-                waiting[tuple(parts.shape[1:])].append((parameter, parts, group))
-        for (rows, columns), members in waiting.items():
-            moves = (
-                self._orthogonalised(torch.cat([parts for _, parts, _ in members]), members[0][0]) * max(1, rows / columns) ** 0.5
-            )
-            for (parameter, _, group), move in zip(members, moves.split([len(parts) for _, parts, _ in members]), strict=True):
-                own = scattered(move.flatten(0, 1), parameter)
-                local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(own, alpha=-group["lr"])
+                waiting[parameter.shape[0] // group["matrices"], parameter.shape[1]].append((parameter, move, group))
+        for shape, members in waiting.items():
+            some: list[tuple[nn.Parameter, Tensor, dict]] = []
+            for member in members:
+                if some and sum(parameter.numel() for parameter, _, _ in some) + member[0].numel() > AT_ONCE:
+                    self._move(shape, some)
+                    some = []
+                some.append(member)
+            self._move(shape, some)
+
+    def _move(self, shape: tuple[int, int], members: list[tuple[nn.Parameter, Tensor, dict]]) -> None:
+        """Moves weights of matrices of one shape, by the orthogonal ones of what lies ahead of each."""
+        parts = [gathered(move, parameter).unflatten(0, (group["matrices"], -1)) for parameter, move, group in members]
+        moves = self._orthogonalised(torch.cat(parts), members[0][0]) * max(1, shape[0] / shape[1]) ** 0.5
+        for (parameter, _, group), move in zip(members, moves.split([len(part) for part in parts]), strict=True):
+            own = scattered(move.flatten(0, 1), parameter)
+            local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(own, alpha=-group["lr"])
 
     def _orthogonalised(self, matrices: Tensor, parameter: nn.Parameter) -> Tensor:
         """The matrices of cut weights are dealt out, so that each is worked on by one rank; those of others are zeros, to be summed."""

@@ -124,3 +124,22 @@ def test_it_learns_a_linear_map() -> None:
 def test_a_share_outside_of_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match="set optimisers.decay_share"):
         Optimisers(decay_share=1.5)
+
+
+def test_muon_in_portions_is_muon(make_network: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is iterated together is bounded, and changes no move by more than rounding."""
+
+    def after(at_once: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("dit_video.trainer.optim.AT_ONCE", at_once)
+        network = make_network()
+        optimiser = Optimisers(muon_precision="float64").build(network)["muon"]
+        for step in range(3):
+            for number, parameter in enumerate(network.parameters()):
+                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))
+            optimiser.step()
+        return network.state_dict()
+
+    together = after(1 << 28)
+    for at_once in (1, 5_000, 20_000):
+        for name, value in after(at_once).items():
+            torch.testing.assert_close(value, together[name], rtol=0, atol=1e-6)
