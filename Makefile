@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup test test-fast check format demo demo-good demo-real wheel clean
+.PHONY: help setup test test-fast check format faults demo demo-good demo-real wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ check: $(STAMP) ## lint, format and types, changing nothing
 format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+faults: $(STAMP) ## the fault matrix and its baseline, about 40 minutes: experiments/faults/table.md
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/faults/run.py
 
 demo: $(STAMP) ## train, sample and judge on the built-in world, about 12 minutes: runs/demo/report.html
 	$(BIN)/dit-video data world
