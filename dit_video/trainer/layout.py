@@ -4,19 +4,24 @@ Ranks of one context group hold the same clips and a part of their tokens each; 
 the weights each; replicas hold all of it again. What a step computes does not depend on the layout.
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+log = logging.getLogger(__name__)
 
 LAST_WORDS = 2.0  # seconds in which rank 0 tells its error before the others end, and a launcher with them all ranks
 NAMES = ("replicate", "shard", "context")
@@ -103,13 +108,58 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+@dataclass(frozen=True)
+class _Failed:
+    """What a rank that has failed hands in, in place of whatever all ranks hand in next."""
+
+    interrupted: bool  # it was told to stop
+    why: str
+
+
+class RankFailed(RuntimeError):
+    """A rank, this one or another, failed at something that all do together; every rank raises it at the same place."""
+
+    interrupted = False  # it was told to stop
+
+
 def all_gathered(mine: T) -> list[T]:
-    """What every rank hands in, which can be any plain object, in the order of the ranks."""
+    """What every rank hands in, which can be any plain object, in the order of the ranks; RankFailed where one failed before it came here."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
+        found: list[Any] = [mine]
+    else:
+        found = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+    for rank, each in enumerate(found):
+        if isinstance(each, _Failed):
+            failure = RankFailed(each.why if len(found) == 1 else f"rank {rank}: {each.why}")
+            failure.interrupted = each.interrupted
+            raise failure
     return found
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` gives, which all ranks do; RankFailed, on all of them, where it fails on one, at whatever all_gathered they have come to."""
+    value: Any = None
+    try:
+        value = work()
+    except RankFailed:  # which all know of
+        raise
+    except Exception as error:
+        log.debug("failed", exc_info=True)
+        value = _Failed(isinstance(error, InterruptedError), f"{type(error).__name__}: {error}")
+    all_gathered(value if isinstance(value, _Failed) else None)
+    return value
+
+
+@contextmanager
+def asked_before(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Before each call of a module all ranks say that they come: for such as wait for other ranks inside, where nobody can be told."""
+    hooks = [module.register_forward_pre_hook(lambda *_: all_gathered(None) and None, prepend=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def by_first_rank(work: Callable[[], T]) -> T:
@@ -136,7 +186,7 @@ def over_ranks(work: Callable[[list[T]], list[R]], items: Sequence[T], kind: Cal
     """What `work` makes of items, which ranks with clips of their own share out; every rank gets all of it, in order.
 
     Every rank works on as many items of each kind as the others, some of them twice where they do not divide: networks whose weights are
-    cut over the ranks wait for each other at every call. RuntimeError, on every rank, where the work of one fails.
+    cut over the ranks wait for each other at every call. RankFailed, on every rank, where the work of one fails.
     """
     if layout.world_size == 1:
         return work(list(items))
@@ -145,15 +195,6 @@ def over_ranks(work: Callable[[list[T]], list[R]], items: Sequence[T], kind: Cal
     for number, item in enumerate(items):
         kinds.setdefault(kind(item), []).append(number)
     mine = [number for numbers in kinds.values() for number in [*numbers, *([numbers[-1]] * (-len(numbers) % size))][rank::size]]
-    made: dict[int, R] = {}
-    problem = None
-    try:
-        made = dict(zip(mine, work([items[number] for number in mine]), strict=True))
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    found = all_gathered((made, problem))
-    for number, (_, told) in enumerate(found):
-        if told is not None:
-            raise RuntimeError(f"rank {number}: {told}")
-    everything = {number: result for made, _ in found for number, result in made.items()}
+    made = together(lambda: dict(zip(mine, work([items[number] for number in mine]), strict=True)))
+    everything = {number: result for made in all_gathered(made) for number, result in made.items()}
     return [everything[number] for number in range(len(items))]

@@ -16,7 +16,7 @@ from dit_video.objective.objective import Losses, Objective
 from dit_video.shapes import Batch
 from dit_video.trainer.ema import EMA
 from dit_video.trainer.guard import NonFiniteError
-from dit_video.trainer.layout import all_gathered, all_sum
+from dit_video.trainer.layout import all_gathered, all_sum, asked_before
 from dit_video.trainer.optim import Optimisers
 from dit_video.trainer.parallel import Parallel, copy_whole, parallelise, shard, whole
 
@@ -137,8 +137,11 @@ class VideoDiffusion(L.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[Network]:
-        """The network with its averaged weights, for as long as the block lasts."""
-        with self.ema.applied(gather=self.parallel.gather_to_sample):
+        """The network with its averaged weights, for as long as the block lasts; RankFailed where a rank has failed and does not come."""
+        all_gathered(None)  # before ranks wait for each other's weights
+        layout, gathered = self.parallel.layout, self.parallel.gather_to_sample
+        waits = layout.context > 1 or (layout.shard > 1 and not gathered)
+        with self.ema.applied(gather=gathered), asked_before([self.network.text, self.network.transformer] if waits else []):
             yield self.network
 
     def cpu(self) -> "VideoDiffusion":

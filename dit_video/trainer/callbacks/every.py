@@ -1,14 +1,13 @@
 """Callbacks that act each time a number of clips has gone by."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 
 from dit_video.shapes import Batch
 from dit_video.trainer.heart import beat
-from dit_video.trainer.layout import all_gathered
+from dit_video.trainer.layout import RankFailed, together
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.record import record
 
@@ -47,24 +46,15 @@ class Aside(EveryClips):
         if trainer.should_stop:
             return
         beat(self.name)
-        problem = attempt(lambda: self.look(trainer, module))
-        problem = next((told for told in all_gathered(problem) if told), None)  # that a rank failed is known to all
-        if problem is not None and problem.startswith(InterruptedError.__name__):
-            log.warning("%s is left out: %s", self.name, problem.partition(": ")[2])
-        elif problem is not None:
-            log.error("%s FAILED after %d clips, training goes on: %s", self.name, module.clips, problem)
-            record(trainer, module, {f"failed/{self.name}": 1.0})
+        try:
+            together(lambda: self.look(trainer, module))
+        except RankFailed as problem:  # whatever it is: it is not worth the training
+            if problem.interrupted:
+                log.warning("%s is left out: %s", self.name, str(problem).partition(f"{InterruptedError.__name__}: ")[2])
+            else:
+                log.error("%s FAILED after %d clips, training goes on: %s", self.name, module.clips, problem)
+                record(trainer, module, {f"failed/{self.name}": 1.0})
         beat("waiting for clips")
 
     def look(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
         raise NotImplementedError
-
-
-def attempt(work: Callable[[], Any]) -> str | None:
-    """Does something, and gives the error in words where it fails."""
-    try:
-        work()
-    except Exception as error:  # whatever it is: it is not worth the training
-        log.debug("failed", exc_info=True)
-        return f"{type(error).__name__}: {error}"
-    return None
