@@ -150,14 +150,19 @@ class Saving(EveryClips):
     def on_exception(self, trainer: L.Trainer, pl_module: VideoDiffusion, exception: BaseException) -> None:  # type: ignore[override]
         """A save that is under way when training breaks off becomes a checkpoint all the same, if every rank has written its files."""
         here, self.pending = self.pending, None
-        if here is None or here.written.exception() is not None or not trainer.is_global_zero:
+        if here is None or not trainer.is_global_zero:
             return
-        draft, deadline = checkpoint.draft_of(here.final), time.monotonic() + PATIENCE
-        while (there := checkpoint.sums_of(draft, trainer.world_size)) is None and time.monotonic() < deadline:
+        draft, deadline, failed = (
+            checkpoint.draft_of(here.final),
+            time.monotonic() + PATIENCE,
+            here.written.exception() is not None,
+        )
+        while not failed and checkpoint.sums_of(draft, trainer.world_size) is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        if there is not None:
-            with suppress(OSError):
+        with suppress(OSError):
+            if not failed and checkpoint.sums_of(draft, trainer.world_size) is not None:
                 self._commit(here, trainer.world_size)
+        checkpoint.remove_draft(here.final)  # which is there where it came to nothing
 
     def _make_draft(self, draft: Path, size: int) -> str | None:
         try:
