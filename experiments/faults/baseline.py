@@ -6,13 +6,12 @@ last.ckpt. There is no moving average: Lightning's does not hold for weights tha
 the baseline was taken: its record is not compared, and a checkpoint counts as verified as soon as torch.load reads it.
 """
 
+import csv
 import glob
 import io
 import itertools
-import json
 import os
 import shutil
-import sys
 import tarfile
 import time
 import warnings
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +30,11 @@ import rows
 import torch
 import webdataset as wds
 from corruptions import CORRUPTIONS
-from harness import SMALL, Fault, Leg, Outcome, Place, Spoiled, digest, leg, seeded, traced
+from harness import SMALL, Fault, Leg, Outcome, Place, Spoiled, digest, leg, traced
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from rows import STEPS, Bench, Canary, Trials, equal_end, killed_after, until_done
+from rows import STEPS, Bench, Canary, Trials, equal_end, until_done
 
 from dit_video.build import make_network, make_objective
 from dit_video.compose import compose, take_apart
@@ -123,7 +121,7 @@ def loader_of(settings: Settings, ranks: int) -> Any:
         .shuffle(16, rng=__import__("random").Random(settings.seed))
         .decode(decode_mp4, handler=wds.warn_and_continue)
         .map(read, handler=wds.warn_and_continue)
-        .batched(8 // ranks, collation_fn=collate, partial=False)
+        .batched(8 // ranks, collation_fn=collate, partial=True)
     )  # fmt: skip
     return wds.WebLoader(dataset, batch_size=None, num_workers=settings.workers, timeout=2 if settings.workers else 0)
 
@@ -244,6 +242,14 @@ class Baseline:
     def record(self, folder: Path) -> list[dict[str, Any]]:
         return []
 
+    def losses(self, folder: Path) -> dict[int, float]:
+        """Of the latest start, whose log takes the place of the one before."""
+        path = folder / "run" / "version_0" / "metrics.csv"
+        path = path if path.exists() else next(iter((folder / "run").rglob("metrics.csv")), path)
+        with suppress(OSError), path.open() as file:
+            return {int(line["step"]) + 1: float(line["train/loss"]) for line in csv.DictReader(file)}
+        return {}
+
     def skipped(self, folder: Path, name: str = "") -> list[dict[str, Any]]:
         return []
 
@@ -336,7 +342,9 @@ def counted(bench: Bench, folder: Path, lost: set[str], **change: Any) -> Outcom
     wrong = seen & lost
     gone = 64 - len(seen)
     right = done.done and named == lost and not wrong and gone == len(lost)
-    return Outcome(right, f"{len(lost)} lost: {len(named)} named, {len(wrong)} of them trained on; {gone} missing from the pass; {done.told}")
+    return Outcome(
+        right, f"{len(lost)} lost: {len(named)} named, {len(wrong)} of them trained on; {gone} missing from the pass; {done.told}"
+    )
 
 
 def harmed_videos(bench: Bench) -> Trials:
@@ -370,9 +378,15 @@ def not_a_number(bench: Bench) -> Trials:
         with bench.trial("nan") as folder:
             done = bench.system.leg(folder, 2, [Fault(1, 5 + number, what, "nan") for number in range(times)])
             saved = bench.system.saved(folder)
-            finite = {step: all(bool(torch.isfinite(v).all()) for v in bench.system.state(path).values()) for step, path in saved.items()}
+            finite = {
+                step: all(bool(torch.isfinite(v).all()) for v in bench.system.state(path).values())
+                for step, path in saved.items()
+            }
             spoiled = sorted(step for step, sound in finite.items() if not sound)
-            yield f"{what}, {times} in a row", Outcome(not spoiled and bool(saved), f"checkpoints with no numbers in them: {spoiled}; {done.told}")
+            yield (
+                f"{what}, {times} in a row",
+                Outcome(not spoiled and bool(saved), f"checkpoints with no numbers in them: {spoiled}; {done.told}"),
+            )
 
 
 def hung_ranks(bench: Bench) -> Trials:
@@ -408,12 +422,11 @@ def damaged_checkpoints(bench: Bench) -> Trials:
     """12. last.ckpt has a flipped bit, is cut off, is gone: refused, and the one before taken."""
     damages: dict[str, Callable[[Path], Any]] = {
         "bit flipped": flip, "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]), "file missing": Path.unlink,
-        "another step's bytes": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     }  # fmt: skip
     straight = bench.undisturbed(1)
     with bench.trial("damage") as begun:
         bench.system.leg(begun, 1, [Fault(0, 8, "step", "SIGKILL")])
-        for name in list(damages)[:3]:
+        for name in damages:
             with bench.trial("damage") as folder:
                 shutil.copytree(begun / "run", folder / "run")
                 damages[name](bench.system.checkpoints(folder) / "last.ckpt")
@@ -426,7 +439,11 @@ def damaged_checkpoints(bench: Bench) -> Trials:
 def beside_training(bench: Bench) -> Trials:
     """14. A sampling callback raises or is slow: the state is that of a run without it."""
     straight = bench.undisturbed(2)
-    for name, sampling in {"raises on all ranks": ("raises", None), "raises on one rank": ("raises", 1), "slow on one rank": ("slow", 0)}.items():
+    for name, sampling in {
+        "raises on all ranks": ("raises", None),
+        "raises on one rank": ("raises", 1),
+        "slow on one rank": ("slow", 0),
+    }.items():
         with bench.trial("beside") as folder:
             done = bench.system.leg(folder, 2, change={"sampling": sampling})
             yield name, equal_end(bench, folder, straight, done)
@@ -475,19 +492,34 @@ def hostile(bench: Bench) -> Trials:
     """17. Hostile inputs: refused or without effect, no canary, memory bounded."""
     straight = bench.undisturbed(1)
     usual = int((straight.folder / "peak-0").read_text())
-    names = ("pickle as a checkpoint", "pipe: address", ".pkl member", "gzip bomb", "../ key", "symlink member", "captions of 10 MB and of HTML")
+    names = (
+        "pickle as a checkpoint",
+        "pipe: address",
+        ".pkl member",
+        "gzip bomb",
+        "../ key",
+        "symlink member",
+        "captions of 10 MB and of HTML",
+    )
     for name in names:
         with bench.trial("hostile") as folder:
             canary = folder / "canary"
-            done, told = attack(bench, folder, canary, name)
+            done = attack(bench, folder, canary, name)
             peak = int((folder / "peak-0").read_text()) if (folder / "peak-0").exists() else 0
             clips = {key for step in traced(folder).values() for key, _ in step}
-            bad = any("/" in rows.key_of(key) for key in clips) if name == "../ key" else name in told
+            bad = name == "../ key" and any("/" in rows.key_of(key) for key in clips)
             safe = not canary.exists() and peak - usual < rows.ROOM and not done.hung and not bad
-            yield name, Outcome(safe, f"canary {canary.exists()}, {(peak - usual) / 1024:+.0f} MiB, {len(clips)} clips trained on; {done.told}")
+            yield (
+                name,
+                Outcome(
+                    safe,
+                    f"canary {canary.exists()}, {(peak - usual) / 1024:+.0f} MiB, {len(clips)} clips trained on; {done.told}",
+                ),
+            )
 
 
-def attack(bench: Bench, folder: Path, canary: Path, name: str) -> tuple[Leg, str]:
+def attack(bench: Bench, folder: Path, canary: Path, name: str) -> Leg:
+    """Does it; gives how the program ended."""
     import pickle
 
     from test_hostile import gzip_bomb
@@ -496,13 +528,13 @@ def attack(bench: Bench, folder: Path, canary: Path, name: str) -> tuple[Leg, st
     if name == "pickle as a checkpoint":
         system.leg(folder, 1, [Fault(0, 8, "step", "SIGKILL")])
         (system.checkpoints(folder) / "last.ckpt").write_bytes(pickle.dumps(Canary(canary)))
-        return system.leg(folder, 1), ""
+        return system.leg(folder, 1)
     if name == "pipe: address":
-        return system.leg(folder, 1, change={"shards": f"pipe:touch {canary}"}, limit=30), ""
+        return system.leg(folder, 1, change={"shards": f"pipe:touch {canary}"}, limit=30)
     if name == "gzip bomb":
         (folder / "shards").mkdir()
         gzip_bomb(folder / "shards" / "0.tar")
-        return system.leg(folder, 1, change={"shards": f"{folder}/shards/*.tar"}, limit=60), ""
+        return system.leg(folder, 1, change={"shards": f"{folder}/shards/*.tar"}, limit=60)
 
     def change(files: list) -> list:
         stem = files[0][0].name.partition(".")[0]
@@ -522,7 +554,7 @@ def attack(bench: Bench, folder: Path, canary: Path, name: str) -> tuple[Leg, st
         return files
 
     shards = rows.shards_with(folder, system.shards, change)
-    return system.leg(folder, 1, change={"shards": shards}, limit=60), ""
+    return system.leg(folder, 1, change={"shards": shards}, limit=60)
 
 
 TRIALS = {1: 12}

@@ -23,8 +23,7 @@ import harness
 import torch
 from clip_files import counting_video, mp4_at
 from corruptions import CORRUPTIONS
-from harness import Fault, Leg, Ours, Outcome, Place, digest, install, killed_after, leg, program, seeded, traced
-
+from harness import Fault, Leg, Outcome, Place, digest, install, killed_after, leg, program, seeded, traced
 from omegaconf import OmegaConf
 
 from dit_video.trainer import checkpoint
@@ -165,7 +164,7 @@ def no_room(bench: Bench) -> Trials:
         "every save from the second on": (1, [(0, 6, "no room")]),
         "the last save": (1, [(0, 12, "no room")]),
         "rank 1's part of a save": (2, [(1, 6, "no room"), (1, 8, "room")]),
-        "the record": (1, [(0, 5, "nothing more")]),
+        "the record": (1, [(0, 5, "no room beyond the record")]),
     }
     for name in bench.some([*plans, "a tmpfs that fills up"]):
         with bench.trial("room") as folder:
@@ -174,10 +173,7 @@ def no_room(bench: Bench) -> Trials:
                 continue
             ranks, deeds = plans[name]
             straight = bench.undisturbed(ranks)
-            plan = [
-                Fault(rank, step, "step", "no room" if deed == "nothing more" else deed, seconds=0 if deed == "nothing more" else few)
-                for rank, step, deed in deeds
-            ]
+            plan = [Fault(rank, step, "step", deed, seconds=few) for rank, step, deed in deeds]
             yield name, judged_room(bench, folder, straight, ranks, bench.system.leg(folder, ranks, plan))
 
 
@@ -235,21 +231,20 @@ def told_to_stop(bench: Bench) -> Trials:
 
 def elastic(bench: Bench) -> Trials:
     """5. World size 2, 1, 3, 2: losses as at one rank to 1e-5, every clip once."""
-    exact = ("trainer.precision=32-true", "optimisers.muon_lr=null") if bench.system.name == "ours" else ()
+    ours = bench.system.name == "ours"
+    exact = ("trainer.precision=32-true", "optimisers.muon_lr=null") if ours else ()
     straight = bench.undisturbed(1, more=exact)
-    losses = {line["step"]: line["train/loss"] for line in straight.record if "train/loss" in line}
+    losses = bench.system.losses(straight.folder)
     with bench.trial("elastic") as folder:
         begin = 1
-        for ranks, stop in ((2, 3), (1, 6), (3, 9), (2, None)):  # a signal in a step ends the run after the next
-            plan = [Fault(0, stop - 1, "step", "SIGTERM")] if stop else []
-            done = bench.system.leg(folder, ranks, plan, more=exact)
-            end = stop or STEPS
-            found = {line["step"]: line["train/loss"] for line in bench.system.record(folder) if "train/loss" in line}
-            wanted = range(begin, end + 1)
-            trace = traced(folder)
-            same = all(
-                sorted(clip for clip in trace.get(step, []) if clip[1]) == sorted(straight.trace[step]) for step in wanted
-            )
+        for ranks, end in ((2, 3), (1, 6), (3, 9), (2, STEPS)):
+            if ours and end < STEPS:  # a signal in a step ends the run after the next
+                how: dict[str, Any] = {"plan": [Fault(0, end - 1, "step", "SIGTERM")]}
+            else:
+                how = {"change": {"steps": end}}
+            done = bench.system.leg(folder, ranks, more=exact, **how)
+            found, trace, wanted = bench.system.losses(folder), traced(folder), range(begin, end + 1)
+            same = all(sorted(clip for clip in trace.get(step, []) if clip[1]) == sorted(straight.trace[step]) for step in wanted)
             far = max((abs(found[step] / losses[step] - 1) for step in wanted if step in found), default=float("inf"))
             right = all(step in found for step in wanted) and far < 1e-5 and same and not done.hung
             told = f"largest relative difference {far:.1e}, clips {'equal' if same else 'DIFFER'}; {done.told}"
@@ -260,7 +255,14 @@ def elastic(bench: Bench) -> Trials:
 # ------------------------------------------------------------------ 6 to 8: data
 
 
-SIX = ("cut at a member boundary", "cut inside a member", "header overwritten", "bit flipped in video", "bit flipped in caption", "zero length")
+SIX = (
+    "cut at a member boundary",
+    "cut inside a member",
+    "header overwritten",
+    "bit flipped in video",
+    "bit flipped in caption",
+    "zero length",
+)
 PASS = ("max_clips=64", "data.max_bad_fraction=1")  # one pass
 
 
@@ -284,7 +286,9 @@ def accounted(bench: Bench, folder: Path, lost: set[str], done: Leg, planned: in
     clips = [clip for step in traced(folder).values() for clip in step]
     trained = sorted(key_of(name) for name, weight in clips if weight)
     ledger = sorted(line["key"] for line in bench.system.skipped(folder))
-    told = f"{len(trained)} trained ({len(set(trained))} distinct), {len(ledger)} in the ledger, of {planned}; lost were {len(lost)}"
+    told = (
+        f"{len(trained)} trained ({len(set(trained))} distinct), {len(ledger)} in the ledger, of {planned}; lost were {len(lost)}"
+    )
     right = done.done and len(trained) == len(set(trained)) and set(ledger) == lost and len(ledger) == len(lost)
     right = right and len(trained) + len(ledger) == planned and not set(trained) & lost
     return Outcome(right, told if done.done else f"{told}: {done.told}")
@@ -362,7 +366,11 @@ def harmed_videos(bench: Bench) -> Trials:
             more = (*PASS, "data.num_workers=1") if bench.system.name == "ours" else ()
             done = bench.system.leg(folder, 1, more=more, change={"shards": f"{folder}/shards/*.tar"})
             lost = set() if name == "uneven frame times" else {keys[7]}
-            refused = sum(json.loads((folder / "runs/run/data.json").read_text())["refused"].values()) if bench.system.name == "ours" and done.done else 0
+            refused = (
+                sum(json.loads((folder / "runs/run/data.json").read_text())["refused"].values())
+                if bench.system.name == "ours" and done.done
+                else 0
+            )
             if refused:  # its index already says that it cannot be used, so it is in no plan
                 clips = [clip for step in traced(folder, 7).values() for clip in step]
                 trained = {key_of(clip) for clip, weight in clips if weight}
@@ -396,7 +404,10 @@ def harmful_decoders(bench: Bench) -> Trials:
             found = accounted(bench, folder, {key_of(name)}, done)
             longer = done.seconds - straight.seconds
             right = found.right and order and longer < 2 + 5
-            yield f"{deed}, {name}", Outcome(right, f"{found.told}; order {'kept' if order else 'CHANGED'}; {longer:.1f} s longer")
+            yield (
+                f"{deed}, {name}",
+                Outcome(right, f"{found.told}; order {'kept' if order else 'CHANGED'}; {longer:.1f} s longer"),
+            )
 
 
 # ------------------------------------------------------------------ 9 to 11: steps
@@ -576,7 +587,13 @@ def edit(path: Path) -> None:
     manifest.write_text(json.dumps(sums))
 
 
-DAMAGES = {"bit flipped": flip, "truncated": truncate, "file missing": remove, "another save's shard": swap, "manifest edited": edit}
+DAMAGES = {
+    "bit flipped": flip,
+    "truncated": truncate,
+    "file missing": remove,
+    "another save's shard": swap,
+    "manifest edited": edit,
+}
 
 
 def damaged_checkpoints(bench: Bench) -> Trials:
@@ -674,6 +691,7 @@ BESIDE = {
     "so it does where weights stay cut": ("generate", "raises", -1, ("trainer.gather_to_sample=false",)),
     "sampling is slow on the last rank": ("generate", "slow", -1, ()),
     "evaluation raises": ("evaluate", "raises", None, ()),
+    "evaluation raises on the last rank alone": ("evaluate", "raises", -1, ()),
 }
 
 
@@ -720,11 +738,21 @@ def changed(bench: Bench) -> Trials:
                         path.unlink()
                 elif data == "other":
                     rename_a_clip(begun / "shards")
-                before = {path: path.read_bytes() for path in sorted((folder / "runs").rglob("*")) if path.is_file() and "lock" not in path.name}
+                before = {
+                    path: path.read_bytes()
+                    for path in sorted((folder / "runs").rglob("*"))
+                    if path.is_file() and "lock" not in path.name
+                }
                 refused = bench.system.leg(folder, 1, more=more, change=shards)
-                after = {path: path.read_bytes() for path in sorted((folder / "runs").rglob("*")) if path.is_file() and "lock" not in path.name}
+                after = {
+                    path: path.read_bytes()
+                    for path in sorted((folder / "runs").rglob("*"))
+                    if path.is_file() and "lock" not in path.name
+                }
                 extra = ("seed=3", flag) if flag == "accept_changed_config=true" and name == "seed" else (*more, flag)
-                accepted = bench.system.leg(folder, 1, more=(*extra, *((("accept_changed_data=true",)) if name == "seed" else ())), change=shards)
+                accepted = bench.system.leg(
+                    folder, 1, more=(*extra, *((("accept_changed_data=true",)) if name == "seed" else ())), change=shards
+                )
                 right = refused.codes == [1] and diff in refused.log and before == after and accepted.done
                 told = f"diff told {diff in refused.log}, untouched {before == after}, with the flag {accepted.told}"
                 yield name, Outcome(right, f"{refused.codes} {told}")
@@ -842,7 +870,10 @@ def hostile(bench: Bench) -> Trials:
             done, right, told = attack(bench, folder, canary, name)
             peak = int((folder / "peak-0").read_text())
             safe = not canary.exists() and peak - usual < ROOM and not done.hung
-            yield name, Outcome(right and safe, f"{told}; canary {canary.exists()}, {(peak - usual) / 1024:+.0f} MiB; {done.told}")
+            yield (
+                name,
+                Outcome(right and safe, f"{told}; canary {canary.exists()}, {(peak - usual) / 1024:+.0f} MiB; {done.told}"),
+            )
 
 
 def attack(bench: Bench, folder: Path, canary: Path, name: str) -> tuple[Leg, bool, str]:
@@ -900,7 +931,11 @@ def attack(bench: Bench, folder: Path, canary: Path, name: str) -> tuple[Leg, bo
     clips = [clip for step in traced(folder).values() for clip in step]
     trained = {key_of(clip) for clip, weight in clips if weight}
     wanted = {".pkl member": 64, "../ key": 63, "symlink member": 63}.get(name, 63)
-    return done, done.done and len(trained) == wanted and not any("/" in key for key in trained), f"{len(trained)} clips trained on"
+    return (
+        done,
+        done.done and len(trained) == wanted and not any("/" in key for key in trained),
+        f"{len(trained)} clips trained on",
+    )
 
 
 def sample(place: Place, words: Sequence[str]) -> int:
@@ -938,7 +973,9 @@ def forget(place: Place, what: str) -> None:
             restore(module, found)
             set_rate = module.recipe.set_rate
             steps = iter(range(10**6))
-            object.__setattr__(module.recipe, "set_rate", lambda optimisers, clips, most: set_rate(optimisers, 8 * next(steps), most))
+            object.__setattr__(
+                module.recipe, "set_rate", lambda optimisers, clips, most: set_rate(optimisers, 8 * next(steps), most)
+            )
 
         saving.restore = without
 
@@ -955,7 +992,11 @@ def negative_controls(bench: Bench) -> Trials:
             done = bench.system.leg(folder, 1, patches=[partial(forget, what=what)])
             end = equal_end(bench, folder, straight, done)
             state = bench.system.saved(folder).get(STEPS)
-            noticed = done.done and state is not None and digest(bench.system.state(state)) != digest(bench.system.state(straight.saved[STEPS]))
+            noticed = (
+                done.done
+                and state is not None
+                and digest(bench.system.state(state)) != digest(bench.system.state(straight.saved[STEPS]))
+            )
             yield what, Outcome(noticed and not end.right, f"the comparison says: {end.told}")
 
 

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from harness import ROOT, Outcome, Ours, world  # noqa: E402
+from harness import ROOT, Ours, Outcome, world  # noqa: E402
 from rows import ROWS, Bench  # noqa: E402
 
 
