@@ -123,7 +123,7 @@ class RankFailed(RuntimeError):
 
 
 def all_gathered(mine: T) -> list[T]:
-    """What every rank hands in, which can be any plain object, in the order of the ranks; RankFailed where one failed before it came here."""
+    """What every rank hands in, which can be any plain object, by rank; RankFailed where one failed before it came here."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         found: list[Any] = [mine]
     else:
@@ -138,7 +138,7 @@ def all_gathered(mine: T) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` gives, which all ranks do; RankFailed, on all of them, where it fails on one, at whatever all_gathered they have come to."""
+    """What `work` gives, which all ranks do; RankFailed on all where it fails on one, at whatever all_gathered they have come to."""
     value: Any = None
     try:
         value = work()

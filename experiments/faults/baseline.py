@@ -31,10 +31,13 @@ import torch
 import webdataset as wds
 from corruptions import CORRUPTIONS
 from harness import SMALL, Fault, Leg, Outcome, Place, Spoiled, digest, leg, traced
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rows import STEPS, Bench, Canary, Trials, equal_end, until_done
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.fsdp import fully_shard
 
 from dit_video.build import make_network, make_objective
 from dit_video.compose import compose, take_apart
@@ -59,6 +62,7 @@ class Settings:
     patience: float = 60.0  # seconds that a rank waits for another
     rate: float = 1e-3
     harm: tuple[str, str] | None = None  # a decoder's deed at a key
+    cut: bool = False  # FSDP2 and sharded checkpoints in place of DDP and single files
     sampling: tuple[str, int | None] | None = None  # raises or is slow, at a rank or all
 
 
@@ -75,6 +79,13 @@ class Diffusion(L.LightningModule):
         initialise(self.network, settings.seed)
         self.objective = make_objective(config)
         self.settings, self.spoil = settings, lambda losses: losses
+
+    def configure_model(self) -> None:
+        if self.settings.cut:
+            for block in self.network.transformer.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.network.transformer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.network.text, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Any], number: int) -> torch.Tensor:
         slots = torch.randint(0, 2**31, (len(batch["captions"]),))  # the objective's noise, from torch's own generator
@@ -174,6 +185,13 @@ def points_of_saves(place: Place) -> None:
         place.come_to("renamed")
 
     LocalFileOpener.write, LocalFileOpener.commit = in_two, committed
+    write_data = FileSystemWriter.write_data
+
+    def shard_written(self: Any, *arguments: Any) -> Any:
+        place.come_to("before a rank's shard")
+        return write_data(self, *arguments)
+
+    FileSystemWriter.write_data = shard_written
 
 
 def train(place: Place, settings: Settings) -> int:
@@ -188,8 +206,14 @@ def train(place: Place, settings: Settings) -> int:
         save_on_exception=True,
     )  # fmt: skip
     sampling = [Sampling(place, *settings.sampling)] if settings.sampling else []
+    limit = timedelta(seconds=settings.patience)
+    several = (
+        ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, timeout=limit)
+        if settings.cut
+        else DDPStrategy(timeout=limit)
+    )
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=DDPStrategy(timeout=timedelta(seconds=settings.patience)) if ranks > 1 else "auto",
+        accelerator="cpu", devices=ranks, strategy=several if ranks > 1 else "auto",
         precision="bf16-mixed", max_steps=settings.steps, gradient_clip_val=1.0, callbacks=[Faults(place), *sampling, newest],
         logger=CSVLogger(folder, name="", version=0), log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False,
@@ -277,6 +301,39 @@ def killed_in_a_save(bench: Bench) -> Trials:
             rest = [path.name for path in bench.system.checkpoints(folder).iterdir() if path.suffix != ".ckpt"]
             yield f"{point} {number}", Outcome(last > 0, f"last.ckpt of step {last}, readable {left}, left over {rest}")
     del straight
+    yield from killed_in_a_sharded_save(bench)
+
+
+def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a sharded checkpoint, put together as Lightning does."""
+    return _load_distributed_checkpoint(path)["state_dict"]
+
+
+def killed_in_a_sharded_save(bench: Bench) -> Trials:
+    """2. FSDP2 with sharded checkpoints, one rank killed before its part of either folder: is last.ckpt of one step alone?"""
+    straight = bench.out / "straight-sharded"
+    bench.system.leg(straight, 2, change={"cut": True})
+    sound = {step: digest(weights_in(next((straight / "run/checkpoints").glob(f"*step={step}.ckpt")))) for step in (9, 12)}
+    for number, rank in itertools.product((5, 6), (0, 1)):  # the newest folder, then last.ckpt, of the third save
+        with bench.trial("sharded") as folder:
+            cut = bench.system.leg(folder, 2, [Fault(rank, number, "before a rank's shard", "SIGKILL")], change={"cut": True})
+            before = folder / "run/checkpoints"
+            whole = {step: digest(weights_in(next(before.glob(f"*step={step}.ckpt")))) for step in (6,)} | sound
+            try:
+                found = next((step for step, of in whole.items() if of == digest(weights_in(before / "last.ckpt"))), None)
+            except Exception as error:
+                found, cut.log = -1, f"{error!r}"
+            told = (
+                f"of step {found}"
+                if found
+                else "loads, but is of NO step: a hybrid"
+                if found is None
+                else f"cannot be read: {cut.log[:80]}"
+            )
+            yield (
+                f"sharded, {'last.ckpt' if number == 6 else 'the newest'}, rank {rank}",
+                Outcome((found or 0) > 0, f"last.ckpt {told}"),
+            )
 
 
 def told_to_stop(bench: Bench) -> Trials:
@@ -396,7 +453,7 @@ def hung_ranks(bench: Bench) -> Trials:
             done = bench.system.leg(folder, 2, [Fault(rank, 6, "step", deed, seconds=600)], change={"patience": HUNG}, limit=60)
             began = float((folder / "done-0").read_text())
             took = time.time() - began
-            told = f"all ranks ended after {took:.0f} s (the other gave up after {HUNG:g} s, this one was killed by the harness), rank named: "
+            told = f"all ranks ended after {took:.0f} s (the harness killed the stuck one), rank named: "
             named = f"rank {rank} hangs" in done.log
             yield f"{deed}, rank {rank}", Outcome(named and took < HUNG + 5, f"{told}{named}; {done.told}")
 

@@ -19,12 +19,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [path for path in (str(HERE), str(ROOT / "tests"), str(ROOT / "tests" / "data")) if path not in sys.path]
+PLACES = [str(HERE), str(ROOT / "tests"), str(ROOT / "tests" / "data")]
+sys.path[:0] = [path for path in PLACES if path not in sys.path]
+os.environ["PYTHONPATH"] = os.pathsep.join(PLACES)  # where the forked processes' imports are looked for
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -207,13 +210,16 @@ class Running:
             os.kill(self.processes[rank].pid, number)
 
 
-def killed_after(seconds: float, rank: int, number: int = signal.SIGKILL) -> Outside:
-    """A signal from outside so long after the start."""
+def killed_after(seconds: float, rank: int, since: Path | None = None) -> Outside:
+    """SIGKILL from outside so long after the start, or after the first checkpoint in a folder."""
 
     def act(running: Running) -> None:
-        while time.monotonic() - running.began < seconds and running.alive():
+        while since is not None and running.alive() and not any(since.glob("[a-z]*")):
             time.sleep(0.002)
-        running.kill(rank, number)
+        began = running.began if since is None else time.monotonic()
+        while time.monotonic() - began < seconds and running.alive():
+            time.sleep(0.002)
+        running.kill(rank, signal.SIGKILL)
 
     return act
 
@@ -227,9 +233,7 @@ def leg(
     logs = [folder / f"log-{rank}.txt" for rank in range(ranks)]
     for path in logs:
         path.unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
-    context.set_forkserver_preload(["harness", "rows", "baseline"])
+    context = forking()
     port = free_port()
     processes = [
         context.Process(target=_rank, args=(work, Place(rank, tuple(plan), folder), ranks, port, arguments, dict(limits or {})))
@@ -253,6 +257,15 @@ def leg(
     _end(processes)
     log = "\n".join(path.read_text(errors="replace") for path in logs if path.exists())
     return Leg(codes, time.monotonic() - running.began, log, hung)
+
+
+def forking() -> Any:
+    """The context of processes that are forked from one that has imported everything."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if "harness" not in server._preload_modules:  # another test may have started one of its own, from which imports take seconds
+        server._stop()
+        server.set_forkserver_preload(["harness", "rows", "baseline"])
+    return multiprocessing.get_context("forkserver")
 
 
 def _end(processes: Sequence[Any]) -> None:

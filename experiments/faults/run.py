@@ -25,6 +25,8 @@ sys.path.insert(0, str(HERE))
 from harness import ROOT, Ours, Outcome, world  # noqa: E402
 from rows import ROWS, Bench  # noqa: E402
 
+STAMP: dict[str, str] = {}  # of the code that was imported
+
 
 def main() -> int:
     """Runs what the command line asks for; exit status 1 where a trial of ours came out wrong."""
@@ -35,6 +37,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE, help="where results.jsonl and table.md go")
     parser.add_argument("--keep", action="store_true", help="leave the trials' folders")
     asked = parser.parse_args()
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    STAMP.update(commit=git.stdout.strip(), date=time.strftime("%Y-%m-%d"))
     with _folder(asked.keep) as name:
         out = Path(name)
         shards = world(out)
@@ -102,9 +106,7 @@ def _store(folder: Path, system: str, row: int, lines: list[dict[str, Any]]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    stamp = {"commit": git, "date": time.strftime("%Y-%m-%d")}
-    new = [line for line in old if (line["system"], line["row"]) != (system, row)] + [line | stamp for line in lines]
+    new = [line for line in old if (line["system"], line["row"]) != (system, row)] + [line | STAMP for line in lines]
     new.sort(key=lambda line: (line["row"], line["system"] != "ours"))
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
     (folder / "table.md").write_text(table(new))
