@@ -1,4 +1,4 @@
-"""One to four trials of each row of the fault matrix, as `make faults` runs all of them; experiments/faults/README.md says what they are."""
+"""Some trials of each row of the fault matrix, of which `make faults` runs all; experiments/faults/README.md says what they are."""
 
 import sys
 from collections.abc import Iterator

@@ -135,7 +135,7 @@ def killed_at_random(bench: Bench) -> Trials:
         late, times = number % 5 >= 2, 1 + (number % 5 == 4)
         with bench.trial("kill") as folder:
             told: list[str] = []
-            for draw in range(40):
+            for _ in range(40):
                 span = straight.seconds - straight.first_save if late and not told else straight.seconds
                 after, rank = float(rng.uniform(0, span)), int(rng.integers(ranks))
                 since = bench.system.checkpoints(folder) if late and not told else None
