@@ -187,7 +187,7 @@ class Leg:
     @property
     def told(self) -> str:
         """The end of it in a few words, for the table of what went wrong."""
-        lines = [line for line in self.log.splitlines() if line.strip()]
+        lines = [line for line in self.log.splitlines() if line.strip() and "Tip:" not in line]  # Lightning's advertising
         return f"{'HUNG, ' if self.hung else ''}exit {self.codes}: {lines[-1][:160] if lines else 'said nothing'}"
 
 

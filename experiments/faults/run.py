@@ -10,6 +10,7 @@ results.jsonl beside this file gets a line a trial, in place of those of the row
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,7 +99,13 @@ def _run(name: str, shards: str, out: Path, asked: argparse.Namespace) -> int:
 
 def _line(system: str, row: int, trial: str, outcome: Outcome) -> dict[str, Any]:
     print(f"  {'right' if outcome.right else 'WRONG'}  {row}. {trial}: {outcome.told}", flush=True)
-    return {"system": system, "row": row, "trial": trial, "right": outcome.right, "told": outcome.told}
+    return {"system": system, "row": row, "trial": trial, "right": outcome.right, "told": plainly(outcome.told)}
+
+
+def plainly(told: str) -> str:
+    """Without what differs from one machine or start to the next: folders, process numbers, times."""
+    told = re.sub(r"(/[\w.@=+-]+)+/(?=[\w.@=+-])", "", told)
+    return re.sub(r"process \d+ on \S+ since \S+", "process ...", told)
 
 
 def _store(folder: Path, system: str, row: int, lines: list[dict[str, Any]]) -> None:

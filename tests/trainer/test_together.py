@@ -44,6 +44,7 @@ def some_fail() -> list[str]:
     return told
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_rank_is_one_of_all() -> None:
     wanted = [*(f"rank 1: ValueError: fault {number}" for number in range(3)), "rank 1: KeyError: 'at the end'"]
     assert run_ranks(3, some_fail) == [wanted] * 3
