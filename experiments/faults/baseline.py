@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,21 +110,24 @@ def decode_mp4(key: str, data: bytes) -> Any:
     return decode_clip(data, num_frames=9, fps=8, height=32, width=32, start_seconds=lambda slack: 0.0, decoder="pyav").video
 
 
+def read(sample: dict[str, Any], harm: tuple[str, str] | None) -> tuple[str, Any, str]:
+    """A clip's name, frames and caption."""
+    if harm and sample["__key__"] == harm[1]:
+        import bad_decoder
+
+        bad_decoder.harm(harm[0])
+    return f"{Path(sample['__url__']).name}:{sample['__key__']}", sample["mp4"], sample["txt"]
+
+
+def collate(samples: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
+    """A batch of clips."""
+    keys, videos, captions = zip(*samples, strict=True)
+    return {"keys": list(keys), "video": torch.from_numpy(np.stack(videos)), "captions": list(captions)}
+
+
 def loader_of(settings: Settings, ranks: int) -> Any:
     """Shards split over ranks and workers, shuffled by seed, samples that fail left out with a warning."""
     urls = [settings.shards] if settings.shards.startswith("pipe:") else sorted(glob.glob(settings.shards))
-
-    def read(sample: dict[str, Any]) -> tuple[str, Any, str]:
-        if settings.harm and sample["__key__"] == settings.harm[1]:
-            from bad_decoder import harm
-
-            harm(settings.harm[0])
-        return f"{Path(sample['__url__']).name}:{sample['__key__']}", sample["mp4"], sample["txt"]
-
-    def collate(samples: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
-        keys, videos, captions = zip(*samples, strict=True)
-        return {"keys": list(keys), "video": torch.from_numpy(np.stack(videos)), "captions": list(captions)}
-
     dataset = (
         wds.WebDataset(
             urls, nodesplitter=wds.split_by_node, shardshuffle=100, detshuffle=True, seed=settings.seed,
@@ -131,10 +135,11 @@ def loader_of(settings: Settings, ranks: int) -> Any:
         )
         .shuffle(16, rng=__import__("random").Random(settings.seed))
         .decode(decode_mp4, handler=wds.warn_and_continue)
-        .map(read, handler=wds.warn_and_continue)
+        .map(partial(read, harm=settings.harm), handler=wds.warn_and_continue)
         .batched(8 // ranks, collation_fn=collate, partial=True)
     )  # fmt: skip
-    return wds.WebLoader(dataset, batch_size=None, num_workers=settings.workers, timeout=2 if settings.workers else 0)
+    workers = {"num_workers": settings.workers, "timeout": 2, "multiprocessing_context": "fork"} if settings.workers else {}
+    return wds.WebLoader(dataset, batch_size=None, **workers)
 
 
 class Sampling(L.Callback):
