@@ -449,7 +449,7 @@ def judged_skips(bench: Bench, folder: Path, times: int, done: Leg) -> Outcome:
     before = digest(bench.system.state(saved[4]))
     same = all(digest(bench.system.state(saved[step])) == before for step in range(5, 5 + times) if step in saved)
     finite = all(bool(torch.isfinite(value).all()) for value in bench.system.state(saved[max(saved)]).values())
-    dumped = [line["step"] for line in told] == list(range(5, 5 + times)) and all(len(line["clips"]) == 8 for line in told)
+    dumped = [line["step"] + 1 for line in told] == list(range(5, 5 + times)) and all(len(line["clips"]) == 8 for line in told)
     if times < 3:
         ended = done.done and max(saved) == STEPS and 5 in saved
     else:
