@@ -53,7 +53,8 @@ def main(path: str, seconds: float, folder: str, first: int) -> None:
         now = time.monotonic()
         if any(rank.phase not in ("", "starting") and now - rank.began > seconds for rank in ranks):
             time.sleep(POLL_SECONDS)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that goes on for its stack may come to its end, and end this untold
+            # A rank that goes on for its stack may come to its end meanwhile, and would end this untold.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             stop(read(beats, first), seconds, Path(folder))
             beats.unlink(missing_ok=True)
             return
