@@ -40,7 +40,7 @@ format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-faults: $(STAMP) ## the fault matrix and its baseline, about 40 minutes: experiments/faults/table.md
+faults: $(STAMP) ## the fault matrix and its baseline, about 50 minutes: experiments/faults/table.md
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/faults/run.py
 
 demo: $(STAMP) ## train, sample and judge on the built-in world, about 12 minutes: runs/demo/report.html
