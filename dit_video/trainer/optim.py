@@ -11,7 +11,6 @@ from dit_video.model.layers import Linear
 from dit_video.trainer.guard import Guard
 from dit_video.trainer.parallel import local
 
-
 AT_ONCE = 1 << 28
 """Numbers of Muon's matrices that are gathered and iterated together, at most; of a single weight that is larger, all."""
 
