@@ -85,14 +85,15 @@ def diff(a: str, b: str) -> None:
     for key, left, right in _differences(one.meta, other.meta):
         if key not in beside:
             print(f"{key}: {left} in a, {right} in b")
-    same = True
+    same, alone = True, False
     for group in sorted({*one.groups, *other.groups}):
         if group not in one.groups or group not in other.groups:
             print(f"{group}: only in {'a' if group in one.groups else 'b'}")
-            same = False
+            alone = True
             continue
         same &= _compare(group, one, other)
-    print("all tensors are equal to the bit" if same else "tensors differ")
+    both = " that both have" if alone else ""
+    print(f"all tensors{both} are equal to the bit" if same else "tensors differ")
 
 
 def _compare(group: str, one: Saved, other: Saved) -> bool:

@@ -60,6 +60,7 @@ def test_an_export_is_loaded_as_the_run_is(
         assert {f"{group}/{key}" for key in values} == {key for key in saved if key.startswith(f"{group}/")}
         assert all(torch.equal(value, saved[f"{group}/{key}"]) for key, value in values.items())
 
+    assert "all tensors that both have are equal to the bit" in told(capsys, "diff", f"a={run}", f"b={out}")
     clips = [package.load(where).sample("a small red circle moves left", seed=1) for where in (run, out)]
     assert np.array_equal(*clips)
     other = package.load(out, weights="network").sample("a small red circle moves left", seed=1)

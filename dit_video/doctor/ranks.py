@@ -15,6 +15,7 @@ from typing import Any
 
 from dit_video.doctor.finding import Finding, Settings, one_line, size
 from dit_video.doctor.software import LAUNCHERS
+from dit_video.trainer.launch import free_port
 
 SECONDS = 30
 """In which the ranks must have found each other; importing torch comes before that."""
@@ -86,7 +87,7 @@ def run_ranks(backend: str, count: int, seconds: float = SECONDS) -> list[dict[s
         name: value for name, value in os.environ.items() if name not in LAUNCHERS and not name.startswith("TORCHELASTIC")
     }
     with tempfile.TemporaryDirectory() as folder:
-        port = str(_free_port())
+        port = str(free_port())
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", START, backend, str(number), str(count), port, folder, *sys.path],
@@ -107,12 +108,6 @@ def _answer(path: Path, process: "subprocess.Popen[bytes]") -> dict[str, Any]:
         process.wait()
         return {"error": "gave no answer in time"}
     return json.loads(path.read_text()) if path.exists() else {"error": f"ended with {process.returncode}"}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rank(backend: str, number: str, count: str, port: str, folder: str) -> None:

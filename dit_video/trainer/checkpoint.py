@@ -160,9 +160,12 @@ def told_as_lost(final: Path, draft: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(
-            f"could not save {final}: {error}; earlier checkpoints are untouched; make room, or set runs to another disk"
-        ) from error
+        raise OSError(not_saved(final, error)) from error
+
+
+def not_saved(final: Path, problem: object) -> str:
+    """What a user is told where a checkpoint could not be written."""
+    return f"could not save {final}: {problem}; earlier checkpoints are untouched; make room, or set runs to another disk"
 
 
 def path_of(folder: Path, steps: int) -> Path:

@@ -214,7 +214,7 @@ class VideoDiffusion(L.LightningModule):
         self.counts = {name: int(count) for name, count in zip(self.votes, numbers[found.numel() :], strict=True)}
         size = self.parallel.layout.world_size  # a loss is summed over ranks; a norm is the same on all of them
         pairs = [(numbers[2 * i], numbers[2 * i + 1] / size) for i in range(len(found) // 2)]
-        loss, norm = max((pair for pair in pairs), key=lambda pair: not all(map(math.isfinite, pair)))
+        loss, norm = max(pairs, key=lambda pair: not all(map(math.isfinite, pair)))
         reason = self.guard.problem(loss, norm)
         self.skipped = None if reason is None else self._skipped(reason, batch)
         return reason is None, summed[0]

@@ -12,7 +12,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ import torch  # noqa: E402
 import dit_video.train  # noqa: E402, F401  (so that a forked rank has it)
 from dit_video.cli import main as program  # noqa: E402
 from dit_video.trainer import checkpoint  # noqa: E402
+from dit_video.trainer.launch import free_port  # noqa: E402
 
 GRACE = 12.0
 """Seconds that the other ranks have to end by themselves when one has died, as under a launcher; then they are killed."""
@@ -274,13 +274,6 @@ def _end(processes: Sequence[Any]) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join(5)
-
-
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ------------------------------------------------------------------ what is left

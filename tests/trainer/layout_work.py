@@ -25,6 +25,7 @@ from dit_video.plan import Choice, check, find_buckets, measured
 from dit_video.seeding import seeded
 from dit_video.shapes import Batch
 from dit_video.trainer.fit import Hardware, fit
+from dit_video.trainer.launch import free_port
 from dit_video.trainer.layout import Layout
 from dit_video.trainer.memory import PHASES, Memory
 from dit_video.trainer.module import VideoDiffusion
@@ -39,7 +40,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> lis
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         processes = [
             context.Process(target=_rank, args=(rank, world_size, port, folder, work, arguments)) for rank in range(world_size)
         ]
@@ -54,14 +55,6 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> lis
             told = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.error")))
             raise AssertionError(f"ranks ended with {failed}\n{told}")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _rank(rank: int, world_size: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple) -> None:

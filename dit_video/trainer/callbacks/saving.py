@@ -93,11 +93,8 @@ class Saving(EveryClips):
         size = sum(all_gathered(checkpoint.num_bytes(groups)))
         final = checkpoint.path_of(self.folder, module.steps)
         draft = checkpoint.draft_of(final)
-        problems = [self._make_draft(draft, size) if trainer.is_global_zero else None]
-        if problem := all_gathered(problems[0])[0]:
-            self._failed(
-                f"could not save {final}: {problem}; earlier checkpoints are untouched; make room, or set runs to another disk"
-            )
+        if problem := all_gathered(self._make_draft(draft, size) if trainer.is_global_zero else None)[0]:
+            self._failed(checkpoint.not_saved(final, problem))
             return
         parts = {group: {name: Part(part.values.to("cpu", copy=True), part.start, part.rows) for name, part in values.items()}
                  for group, values in groups.items()}  # fmt: skip
@@ -127,8 +124,7 @@ class Saving(EveryClips):
         problem = all_gathered(problem)[0]
         if problem is not None:
             checkpoint.remove_draft(here.final)
-            told = f"could not save {here.final}: {problem}; earlier checkpoints are untouched; make room, or set runs to another disk"
-            self._failed(told)
+            self._failed(checkpoint.not_saved(here.final, problem))
             return
         self.failures, self.saved_steps = 0, here.meta["steps"]
         record(trainer, module, {
@@ -152,11 +148,8 @@ class Saving(EveryClips):
         here, self.pending = self.pending, None
         if here is None or not trainer.is_global_zero:
             return
-        draft, deadline, failed = (
-            checkpoint.draft_of(here.final),
-            time.monotonic() + PATIENCE,
-            here.written.exception() is not None,
-        )
+        draft, deadline = checkpoint.draft_of(here.final), time.monotonic() + PATIENCE
+        failed = here.written.exception() is not None
         while not failed and checkpoint.sums_of(draft, trainer.world_size) is None and time.monotonic() < deadline:
             time.sleep(0.1)
         with suppress(OSError):
