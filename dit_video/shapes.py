@@ -2,16 +2,17 @@
 
 Letters: `b` batch, `T H W` frames, height and width of a video, `t h w` its token grid, `pt ph pw` the patch, `c` channels, `n` tokens,
 `p` values in a token (pt * ph * pw * c), `k` distinct noise levels of a clip, `l` context tokens, `d` width.
-Video is `b T H W c`, float in [-1, 1] (or uint8 in [0, 255] on its way there); tokens are `b n p`.
+Video is `b T H W c`, float in [-1, 1] (or uint8 in [0, 255] on its way there); tokens are `b n p`. Where an autoencoder stands between,
+its latents are a video too, smaller, of more channels, and of any range; they are what is patchified.
 
 The frame rule: a clip has 1 + k * pt frames, and its first frame fills a temporal patch alone, as in causal autoencoders. So an image is
 a video of one frame, and the first frame can be given exactly. In a token of the first frame the values before that frame are zeros.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -25,6 +26,10 @@ class Patch(NamedTuple):
     t: int
     h: int
     w: int
+
+
+PIXELS = Patch(1, 1, 1)
+"""The compression of no autoencoder: latents are pixels."""
 
 
 class Grid(NamedTuple):
@@ -107,6 +112,31 @@ def token_places(grid: Grid, patch: Patch, fps: float, reference_rate: float) ->
     return rearrange(place, "t h w place -> (t h w) place").float()
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """How clips become tokens: the compression of the autoencoder, the patch of its latents, and the rate of places in time.
+
+    The frame rule holds for latents as for pixels, so a clip of pixels has the grid that the product of both, the span, cuts it into.
+    """
+
+    patch: Patch  # frames, rows and columns of latents in a token
+    compression: Patch = PIXELS  # frames, rows and columns of pixels in a latent
+    reference_rate: float = 4.0  # tokens a second whose neighbours lie 1 apart in time
+
+    @property
+    def span(self) -> Patch:
+        """Frames, rows and columns of pixels that a token covers."""
+        return Patch(*(a * b for a, b in zip(self.patch, self.compression, strict=True)))
+
+    def grid(self, num_frames: int, height: int, width: int) -> Grid:
+        """The token grid of a clip of pixels; errors as `token_grid`."""
+        return token_grid(num_frames, height, width, self.span)
+
+    def places(self, grid: Grid, fps: float) -> Float[Tensor, "n 3"]:
+        """The place of every token, see `token_places`; fps is that of the pixels."""
+        return token_places(grid, self.span, fps, self.reference_rate)
+
+
 @dataclass
 class Stream:
     """The tokens of one modality on their way through the transformer."""
@@ -133,11 +163,28 @@ class Context:
     pooled: Float[Tensor, "b d"] | None = None
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """One caption as a frozen text encoder gave it; it may stand wherever a caption does."""
+
+    states: Float[Tensor, "l d"]
+    pooled: Float[Tensor, " p"] | None = None
+
+    def to(self, device: torch.device | str) -> "Encoded":
+        """The same on a device."""
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
+        return Encoded(self.states.to(device, non_blocking=True), pooled)
+
+
+Caption = str | Encoded | None
+"""What a clip is told: words, or words as states; none: nothing."""
+
+
 @dataclass
 class Batch:
     """Captioned clips of one shape, as the data room hands them over."""
 
-    video: UInt8[Tensor, "b T H W 3"]
+    video: UInt8[Tensor, "b T H W 3"] | None  # none where the clips come as latents
     captions: list[str]
     keys: list[str]  # shard and member, for messages
     slots: Int[Tensor, " b"]  # the clip's number in the global stream: the seed of everything random about it
@@ -149,6 +196,8 @@ class Batch:
     audio: Float[Tensor, "b channels samples"] | None = None  # what is heard from the first frame on, where it was asked for
     audio_rate: int = 0  # samples a second
     has_audio: Bool[Tensor, " b"] | None = None  # of those without any, audio is silence
+    latents: Float[Tensor, "b t h w c"] | None = None  # what the autoencoder makes of the video, where there is one
+    encoded: list[Encoded] | None = None  # the captions, where they come as states
 
     def __post_init__(self) -> None:
         if self.weights is None:
@@ -158,23 +207,34 @@ class Batch:
         self.parts = self.parts or [len(self.captions)]
         self.step_clips = self.step_clips or len(self.captions)
 
+    def clean(self) -> Float[Tensor, "b t h w c"]:
+        """The clips as what is to be made of noise: their latents where they have any, else their pixels in [-1, 1]."""
+        if self.latents is not None:
+            return self.latents
+        assert self.video is not None
+        return to_float(self.video)
+
+    def told(self) -> Sequence[Caption]:
+        """The captions, as states where they are known."""
+        return self.encoded or self.captions
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device."""
-        moved = {name: getattr(self, name) for name in ("video", "weights", "audio", "has_audio")}
-        return replace(
-            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items() if tensor is not None}
-        )
+        moved: dict[str, Any] = {name: getattr(self, name) for name in ("video", "weights", "audio", "has_audio", "latents")}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items() if tensor is not None}
+        encoded = None if self.encoded is None else [caption.to(device) for caption in self.encoded]
+        return replace(self, encoded=encoded, **moved)
 
     def micro_batches(self) -> "Iterator[Batch]":
         """The batch in its parts."""
         bounds = [0, *accumulate(self.parts)]
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             cut = slice(start, end)
+            tensors: dict[str, Any] = {name: getattr(self, name) for name in ("audio", "has_audio", "latents", "encoded")}
             yield Batch(
-                self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut], self.fps, self.weights[cut],
-                step_clips=self.step_clips, starts=self.starts[cut],
-                audio=None if self.audio is None else self.audio[cut], audio_rate=self.audio_rate,
-                has_audio=None if self.has_audio is None else self.has_audio[cut],
+                None if self.video is None else self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut], self.fps, self.weights[cut],
+                step_clips=self.step_clips, starts=self.starts[cut], audio_rate=self.audio_rate,
+                **{name: value[cut] for name, value in tensors.items() if value is not None},
             )  # fmt: skip
 
 

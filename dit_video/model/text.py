@@ -1,9 +1,12 @@
-"""Captions as vectors. A text encoder is any module that turns a list of captions into a Context; None stands for "no caption"."""
+"""Captions as vectors. A text encoder is any module that turns a list of captions into a Context; None stands for "no caption".
+
+One that was trained elsewhere is in pretrained_text.py.
+"""
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,67 +15,48 @@ from torch import Tensor, nn
 
 from dit_video.model.attention import math
 from dit_video.model.layers import RMSNorm, SwiGLU, learned, linear
-from dit_video.shapes import Context
+from dit_video.shapes import Caption, Context, Encoded
 
 NOTHING = "."
 """Encoded, and not used, where no caption is told: every rank's encoder then has gradients, if of zero, for the others to meet."""
 
 
 class TextEncoder(nn.Module):
-    """The seam for text encoders, learned or frozen (see Frozen): captions in, states `b l dim`, lengths and a pooled vector `b dim` out.
+    """The seam for text encoders, learned or frozen: captions in, states `b l dim`, lengths and a pooled vector `b pooled_dim` out.
 
     The caption None (dropped in training, or no negative prompt in sampling) and the empty caption become one learned null state.
     """
 
-    dim: int
-
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, pooled_dim: int | None = None) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.pooled_dim = dim, dim if pooled_dim is None else pooled_dim
         self.null_state = learned(dim, std=1.0)
-        self.null_pooled = learned(dim, std=1.0)
+        if self.pooled_dim:
+            self.null_pooled = learned(self.pooled_dim, std=1.0)
 
-    def encode(self, captions: list[str]) -> Context:
+    def encode(self, captions: list[str | Encoded]) -> Context:
         """States of captions that are not empty."""
         raise NotImplementedError
 
-    def forward(self, captions: Sequence[str | None]) -> Context:
-        told = [caption for caption in captions if caption and caption.strip()]
+    def forward(self, captions: Sequence[Caption]) -> Context:
+        told = [caption for caption in captions if says(caption)]
         device, batch = self.null_state.device, len(captions)
         context = self.encode(told or [NOTHING])
         states = F.pad(self.null_state[None], (0, 0, 0, context.states.shape[1] - 1)).expand(batch, -1, -1)
         lengths = torch.ones(batch, dtype=torch.long, device=device)
-        pooled = self.null_pooled.expand(batch, -1)
-        rows = [i for i, caption in enumerate(captions) if caption and caption.strip()]
+        pooled = self.null_pooled.expand(batch, -1) if self.pooled_dim else None
+        rows = [i for i, caption in enumerate(captions) if says(caption)]
         places = torch.tensor(rows, dtype=torch.long, device=device)
         states = states.index_copy(0, places, context.states[: len(rows)].to(states.dtype))
         lengths = lengths.index_copy(0, places, context.lengths[: len(rows)])
-        if context.pooled is not None:
+        if pooled is not None and context.pooled is not None:
             pooled = pooled.index_copy(0, places, context.pooled[: len(rows)].to(pooled.dtype))
         return Context(states, lengths, pooled)
 
 
-class Frozen:
-    """A pretrained module that is used and never trained, copied or saved; `load` makes it at its first use.
-
-    It hides from nn.Module on purpose: a network's parameters, averages and checkpoints are those of what is trained, and a network on
-    the meta device must not need the weights of its text encoder.
-    """
-
-    def __init__(self, load: Callable[[], nn.Module]) -> None:
-        self._load = load
-        self._module: nn.Module | None = None
-
-    def __deepcopy__(self, memo: dict) -> "Frozen":
-        return self
-
-    @torch.no_grad()
-    def __call__(self, device: torch.device, *arguments: Any) -> Any:
-        """What the module gives on a device, without gradients."""
-        if self._module is None:
-            with torch.device("cpu"):
-                self._module = self._load().eval().requires_grad_(False)
-        return self._module.to(device)(*arguments)
+def says(caption: Caption) -> TypeGuard[str | Encoded]:
+    """Whether there is anything in a caption."""
+    return isinstance(caption, Encoded) or bool(caption and caption.strip())
 
 
 class WordEncoder(TextEncoder):
@@ -99,8 +83,10 @@ class WordEncoder(TextEncoder):
         self.layers = nn.ModuleList(TextLayer(dim, heads) for _ in range(depth))
         self.norm = RMSNorm(dim)
 
-    def encode(self, captions: list[str]) -> Context:
-        words = [split_words(caption)[: self.max_words] for caption in captions]
+    def encode(self, captions: list[str | Encoded]) -> Context:
+        if any(isinstance(caption, Encoded) for caption in captions):
+            raise ValueError("the clips' captions come as states of another encoder, and this one reads words; set text to that encoder")
+        words = [split_words(str(caption))[: self.max_words] for caption in captions]
         longest = max(map(len, words))
         hashes = torch.zeros(len(words), longest, 2, dtype=torch.long)
         for row, caption in enumerate(words):
