@@ -47,8 +47,9 @@ Rule = tuple[float, float | Tensor]
 
 
 def rules_of(module: nn.Module) -> dict[str, Rule]:
-    """How every parameter begins, by name; ValueError where one does not say."""
-    rules = {name: getattr(parameter, "initial", None) for name, parameter in module.named_parameters()}
+    """How every parameter that is trained begins, by name; ValueError where one does not say."""
+    trained = ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+    rules = {name: getattr(parameter, "initial", None) for name, parameter in trained}
     lawless = [name for name, rule in rules.items() if rule is None]
     if lawless:
         raise ValueError(f"{lawless[0]} has no initialisation; make it with `linear` or `learned` of dit_video.model.layers")
@@ -64,12 +65,14 @@ def initialise(
 ) -> None:
     """Sets every parameter from (seed, its name), so that a sharded or meta-device start equals a single-process start.
 
-    A module on the meta device is given memory on the CPU first.
+    A module on the meta device is given memory on the CPU first. Frozen parameters come from elsewhere and are let be.
     """
     rules = rules_of(module) if rules is None else rules
     if any(parameter.is_meta for parameter in module.parameters()):
         module.to_empty(device="cpu")  # makes new parameters, which no longer know their rule
     for name, parameter in module.named_parameters():
+        if name not in rules:
+            continue
         std, mean = rules[name]
         values = torch.zeros(parameter.shape) + mean.cpu() if isinstance(mean, Tensor) else torch.full(parameter.shape, mean)
         if std:

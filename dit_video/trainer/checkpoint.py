@@ -416,9 +416,15 @@ def load(path: Path, groups: Sequence[str] | None = None) -> Checkpoint:
 # ------------------------------------------------------------------ putting back
 
 
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module: all of its state but weights that are frozen, which come from where they came from before."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
 def check_fits(module: nn.Module, saved: Saved, group: str) -> None:
     """CheckpointError that names the first tensors in which a group and a module's weights differ."""
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in trained(module).items()}
     given = saved.shapes(group)
     if wanted != given:
         names = sorted({*wanted, *given} - {name for name in wanted if wanted[name] == given.get(name)})
@@ -433,7 +439,7 @@ def check_fits(module: nn.Module, saved: Saved, group: str) -> None:
 def load_weights(module: nn.Module, saved: Saved, group: str) -> None:
     """Puts a group into a module, each rank its own rows; CheckpointError, before anything is changed, where it does not fit."""
     check_fits(module, saved, group)
-    for name, value in module.state_dict().items():
+    for name, value in trained(module).items():
         _put(local(value), saved, group, name, value)
 
 
@@ -455,7 +461,8 @@ def load_averages(averages: Mapping[str, Tensor], network: nn.Module, saved: Sav
     """Puts a group into averages of a network's weights, which are cut as the weights are."""
     check_fits(network, saved, group)
     for name, weight in network.named_parameters():
-        _put(averages[name], saved, group, name, weight)
+        if name in averages:
+            _put(averages[name], saved, group, name, weight)
 
 
 @torch.no_grad()

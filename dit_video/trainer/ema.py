@@ -11,7 +11,7 @@ from dit_video.trainer.parallel import local
 
 
 class EMA:
-    """Keeps an average of the weights for each decay, cut over ranks as the weights are, on their device or in the host's memory.
+    """Keeps an average of the trained weights for each decay, cut over ranks as the weights are, on their device or in the host's memory.
 
     There is no second network: `applied` puts an average into the network for a while, and the weights back afterwards, to the bit.
     """
@@ -57,10 +57,11 @@ class EMA:
 
     def named(self, decay: float) -> dict[str, Tensor]:
         """The average of a decay by the parameters' names, as much of it as this rank holds."""
-        return {name: average for (name, _), average in zip(self.network.named_parameters(), self.averages[decay], strict=True)}
+        names = (name for name, parameter in self.network.named_parameters() if parameter.requires_grad)
+        return dict(zip(names, self.averages[decay], strict=True))
 
     def _weights(self) -> list[Tensor]:
-        return [local(parameter.detach()) for parameter in self.network.parameters()]
+        return [local(parameter.detach()) for parameter in self.network.parameters() if parameter.requires_grad]
 
     def _kept(self, average: Tensor) -> Tensor:
         if not self.offload or average.device.type == "cpu":

@@ -166,7 +166,11 @@ class Ledger(TorchDispatchMode):
 
     def name_batch(self, batch: Batch) -> None:
         """Says that a batch is one."""
-        self.name("batch", [batch.video, batch.weights, batch.slots, batch.starts, batch.audio, batch.has_audio])
+        encoded = [tensor for caption in batch.encoded or () if caption for tensor in (caption.states, caption.pooled)]
+        self.name(
+            "batch",
+            [batch.video, batch.latents, batch.weights, batch.slots, batch.starts, batch.audio, batch.has_audio, *encoded],
+        )
 
     def name_activations(self) -> None:
         """What was made in the forward pass that is now over, and is still there, are activations."""

@@ -151,10 +151,8 @@ class VideoDiffusion(L.LightningModule):
     # ------------------------------------------------------------------ a step
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
-        transformer = self.network.transformer
-        return self.take_step(
-            batch, {"network": lambda part: self.objective(self.network, part, transformer.patch, transformer.reference_rate)}
-        )
+        network = self.network
+        return self.take_step(batch, {"network": lambda part: self.objective(network, network.as_latents(part), network.tokens)})
 
     def take_step(self, batch: Batch, losses: Mapping[str, Compare]) -> Tensor:
         """Moves the weights of the named learners down their losses, together, or of none where one of them is not sound."""

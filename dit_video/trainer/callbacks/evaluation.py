@@ -8,7 +8,7 @@ import torch
 
 from dit_video.eval.estimate import Estimate
 from dit_video.model.network import Network
-from dit_video.shapes import Batch, grid_of
+from dit_video.shapes import Batch
 from dit_video.trainer.callbacks.every import Aside
 from dit_video.trainer.heart import beat
 from dit_video.trainer.layout import all_gathered
@@ -43,17 +43,16 @@ class ValidationLoss(Aside):
         layout, shared = module.parallel.layout, module.parallel.gather_to_sample
         rank, size = (layout.data_rank(trainer.global_rank), layout.data_size) if shared else (0, 1)
         values: dict[str, list[float]] = defaultdict(list)
-        objective, patch = module.objective, network.transformer.patch
+        objective = module.objective
         for number, batch in enumerate(self.batches()):
             beat("validation")
             if number % size != rank:
                 continue
-            batch = batch.to(module.device)
-            grid = grid_of(batch.video, patch)
+            batch = network.as_latents(batch.to(module.device))
             for level in LEVELS:
-                corrupted = objective.corrupt(batch, patch, network.transformer.reference_rate, time=level)
+                corrupted = objective.corrupt(batch, network.tokens, time=level)
                 with trainer.strategy.precision_plugin.forward_context():
-                    losses = objective.compare(network, batch, corrupted, grid)
+                    losses = objective.compare(network, batch, corrupted)
                 for loss, task, weight in zip(losses.velocity.tolist(), losses.tasks, batch.weights.tolist(), strict=True):
                     for name in ("", f"/level/{level}", f"/task/{task}"):
                         values[f"val/loss{name}"] += [loss] * (weight > 0)

@@ -182,9 +182,10 @@ def capture(module: VideoDiffusion) -> Groups:
     """What this rank writes of all that the next step depends on."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     tensors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {
-        name: {key: (value, value) for key, value in part.state_dict().items()} for name, part in module.trained_parts().items()
+        name: {key: (value, value) for key, value in checkpoint.trained(part).items()}
+        for name, part in module.trained_parts().items()
     }
-    weights = dict(module.network.state_dict())
+    weights = checkpoint.trained(module.network)
     for number, decay in enumerate(module.decays):
         averages = module.ema.named(decay)
         tensors[ema_group(decay, number)] = {key: (averages.get(key, value), value) for key, value in weights.items()}
@@ -204,7 +205,7 @@ def ema_group(decay: float, number: int) -> str:
 
 def restore(module: VideoDiffusion, saved: Saved) -> None:
     """Undoes capture, on any number of ranks; CheckpointError where the checkpoint is of another model."""
-    parts = {name: part for name, part in module.trained_parts().items() if len(part.state_dict())}
+    parts = {name: part for name, part in module.trained_parts().items() if checkpoint.trained(part)}
     averages = {ema_group(decay, number): decay for number, decay in enumerate(module.decays)}
     optimisers = {f"optimiser-{name}": optimiser for name, optimiser in module.named_optimisers.items()}
     for group in (*parts, *averages, *optimisers):

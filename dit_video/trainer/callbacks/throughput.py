@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from dit_video.shapes import Batch, grid_of
+from dit_video.shapes import Batch
 from dit_video.trainer.callbacks.every import EveryClips
 from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.record import record
@@ -48,7 +48,7 @@ class Throughput(EveryClips):
         self.clips += batch.step_clips  # of all ranks
         if self.flops is None:
             self.flops = self.flops_per_clip(pl_module, batch)
-            self.tokens = grid_of(batch.video, pl_module.network.transformer.patch).num_tokens
+            self.tokens = pl_module.network.grid(batch).num_tokens
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def act(self, trainer: L.Trainer, module: VideoDiffusion) -> None:
