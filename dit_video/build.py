@@ -6,6 +6,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.layers import initialise
 from dit_video.model.network import Network
 from dit_video.model.text import TextEncoder
@@ -20,11 +21,27 @@ def make(config: DictConfig, **arguments: Any) -> Any:
 
 
 def make_network(config: DictConfig, device: str = "meta") -> Network:
-    """The text encoder and transformer of a config: on the meta device nothing is allocated, and nothing is initialised."""
+    """The network of a config: on the meta device nothing is allocated, and nothing is initialised; what is frozen is not read yet."""
     with torch.device(device):
-        text: TextEncoder = make(config.text)
+        text, autoencoder = make_text(config), make_autoencoder(config)
         transformer: VideoTransformer = make(config.model)
-    return Network(text, transformer)
+    if transformer.channels != autoencoder.channels:
+        raise ValueError(
+            f"the autoencoder's latents have {autoencoder.channels} channels, the model takes {transformer.channels}; set autoencoder, "
+            "or model.channels"
+        )
+    return Network(text, transformer, autoencoder)
+
+
+def make_text(config: DictConfig) -> TextEncoder:
+    """The text encoder of a config."""
+    text: TextEncoder = make(config.text)
+    return text
+
+
+def make_autoencoder(config: DictConfig) -> Autoencoder:
+    """The autoencoder of a config; one from before there were any has none."""
+    return make(config.autoencoder) if "autoencoder" in config else Pixels()
 
 
 def make_objective(config: DictConfig) -> Objective:

@@ -1,7 +1,7 @@
 """`dit-video info`: parameters, FLOPs and memory of a model by part for a given clip, without building it in memory."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from omegaconf import DictConfig
 from rich import box
@@ -11,11 +11,8 @@ from rich.table import Table
 from dit_video.build import make_network
 from dit_video.model.cost import TRAINING, flops_by_part, parameters_by_part
 from dit_video.model.network import Network
-from dit_video.shapes import Patch, token_grid, valid_frames
+from dit_video.shapes import valid_frames
 from dit_video.trainer.optim import split_parameters
-
-LATENT_COMPRESSION = (4, 8, 8)
-"""Frames, rows and columns of pixels in one latent of most video autoencoders."""
 
 
 def main(config: DictConfig) -> None:
@@ -23,14 +20,14 @@ def main(config: DictConfig) -> None:
     _check(config)
     network = make_network(config)
 
-    patch = pixels_of_a_token(network, config.compression)
-    num_frames = valid_frames(config.num_frames, patch.t)
-    grid = token_grid(num_frames, config.height, config.width, patch)
+    span = network.tokens.span
+    num_frames = valid_frames(config.num_frames, span.t)
+    grid = network.tokens.grid(num_frames, config.height, config.width)
 
     console = Console(highlight=False)
     seconds = (num_frames - 1) / config.fps
     console.print(f"clip           {num_frames} frames of {config.height}x{config.width}, {seconds:.3g} s at {config.fps:g} fps")
-    console.print(f"tokens         {grid.num_tokens:,} ({' x '.join(map(str, grid))}), each {'x'.join(map(str, patch))} pixels")
+    console.print(f"tokens         {grid.num_tokens:,} ({' x '.join(map(str, grid))}), each {'x'.join(map(str, span))} pixels")
     console.print(f"caption        {config.caption_words} words")
     console.print(f"training step  {config.batch_size} clips, forward and backward\n")
     console.print(_costs(parameters_by_part(network), flops_by_part(network, grid, 1, config.caption_words), config.batch_size))
@@ -45,23 +42,9 @@ def _check(config: DictConfig) -> None:
 
 
 def check_tokens(config: DictConfig) -> None:
-    """ValueError where the caption is longer than what is read of it, or the compression is none."""
+    """ValueError where the caption is longer than what is read of it."""
     if config.caption_words > (limit := config.text.get("max_words", math.inf)):
         raise ValueError(f"caption_words {config.caption_words} is more than text.max_words {limit}; set text.max_words")
-    if config.compression and (len(config.compression) != 3 or min(config.compression) < 1):
-        raise ValueError(
-            f"compression is three sizes of at least 1 (frames, rows, columns), got {config.compression}; set compression"
-        )
-
-
-def compression_of(network: Network, compression: Sequence[int] | None) -> Patch:
-    """How many frames, rows and columns of pixels one of the values that the transformer takes covers; none said: what is usual."""
-    return Patch(*(compression or ((1, 1, 1) if network.transformer.channels == 3 else LATENT_COMPRESSION)))
-
-
-def pixels_of_a_token(network: Network, compression: Sequence[int] | None) -> Patch:
-    """A token covers a patch of latents, and a latent covers several pixels; the frame rule holds for the product of both."""
-    return Patch(*(a * b for a, b in zip(network.transformer.patch, compression_of(network, compression), strict=True)))
 
 
 def _costs(parameters: Mapping[str, int], flops: Mapping[str, int], batch_size: int) -> Table:

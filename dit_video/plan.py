@@ -23,7 +23,8 @@ from dit_video.data.buckets import ClipShape, level
 from dit_video.data.errors import BadDataError
 from dit_video.data.loader import ClipLoader
 from dit_video.data.plan import Step
-from dit_video.info import check_tokens, compression_of, pixels_of_a_token, table_of, with_unit
+from dit_video.info import check_tokens, table_of, with_unit
+from dit_video.model.autoencoders import Pixels
 from dit_video.model.cost import TRAINING, flops_by_part, parameters_by_part
 from dit_video.model.network import Network
 from dit_video.shapes import Batch, token_grid
@@ -156,13 +157,12 @@ def check(config: DictConfig) -> Hardware:
 
 def find_buckets(config: DictConfig, network: Network, choice: Choice) -> tuple[list[Bucket], str | None]:
     """The buckets with the clips of their steps, and why it is not known how many clips there are, where it is not."""
-    patch = pixels_of_a_token(network, config.compression)
 
     def tokens(shape: ClipShape) -> int:
-        return token_grid(shape.num_frames, shape.height, shape.width, patch).num_tokens
+        return network.tokens.grid(shape.num_frames, shape.height, shape.width).num_tokens
 
     def flops(shape: ClipShape) -> int:
-        grid = token_grid(shape.num_frames, shape.height, shape.width, patch)
+        grid = network.tokens.grid(shape.num_frames, shape.height, shape.width)
         return TRAINING * sum(flops_by_part(network, grid, 1, config.caption_words).values())
 
     shapes = _shapes(config.data)
@@ -227,15 +227,20 @@ def _batch(config: DictConfig, network: Network, bucket: Bucket, choice: Choice)
     sizes = max(
         ([max(len(part), 1) for part in parts[rank::ranks]] for rank in range(ranks)), key=lambda each: (max(each), sum(each))
     )
-    count, shape, one = sum(sizes), bucket.shape, compression_of(network, config.compression)
-    frames = 1 + (shape.num_frames - 1) // one.t
-    video = torch.randint(
-        0, 256, (count, frames, shape.height // one.h, shape.width // one.w, network.transformer.channels), dtype=torch.uint8
+    count, shape = sum(sizes), bucket.shape
+    size = (
+        count,
+        *token_grid(shape.num_frames, shape.height, shape.width, network.autoencoder.compression),
+        network.autoencoder.channels,
     )
+    pixels = isinstance(network.autoencoder, Pixels)
+    video = torch.randint(0, 256, size, dtype=torch.uint8) if pixels else None
+    latents = None if pixels else torch.randn(size)
     caption = " ".join(f"word{number}" for number in range(config.caption_words))
     return Batch(
-        video, [caption] * count, ["random"] * count, torch.arange(count), shape.fps, parts=sizes, step_clips=bucket.clips
-    )
+        video, [caption] * count, ["random"] * count, torch.arange(count), shape.fps, parts=sizes, step_clips=bucket.clips,
+        latents=latents,
+    )  # fmt: skip
 
 
 def step_seconds(config: DictConfig, memory: Memory, hardware: Hardware, device: Device) -> tuple[float, str]:
@@ -415,9 +420,9 @@ def _head(config: DictConfig, network: Network, hardware: Hardware, device: Devi
     yield (f"assumed      {config.utilisation:.0%} of {peak}FLOP/s in products; captions of {config.caption_words} words")
     if hardware.accelerator == "cpu":
         yield "note         trainer.accelerator is cpu: the memory is that of a CPU's precision rules; trainer=gpu plans a GPU's"
-    if network.transformer.channels != 3:
-        size = "x".join(map(str, compression_of(network, config.compression)))
-        yield f"note         clips are latents of {size} pixels; whatever makes them is not planned"
+    if not isinstance(network.autoencoder, Pixels):
+        size = "x".join(map(str, network.autoencoder.compression))
+        yield f"note         clips are latents of {size} pixels, read from a cache"
     if config.trainer.compile:
         yield "note         trainer.compile is left out: compiled blocks keep other activations, most often fewer"
 

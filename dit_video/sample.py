@@ -77,7 +77,7 @@ def make_request(run: Run, config: DictConfig, prompt: str, seed: int) -> Reques
         request.given, request.task = read_first_frame(config.image, request), "image_to_video"
         if config.last_image is not None:
             last = read_first_frame(config.last_image, request)
-            request.given = np.concatenate([request.given, *[last] * run.trained.patch.t])
+            request.given = np.concatenate([request.given, *[last] * run.trained.tokens.span.t])
             request.task = "in_between"
     elif config.video is not None:
         request.given, request.task = read_given(run, config, request), "extend"
@@ -100,7 +100,7 @@ def read_given(run: Run, config: DictConfig, request: Request) -> np.ndarray:
         video, _ = read_video(config.video)
     except ValueError as error:
         raise ValueError(f"{error}; set video to another file") from error
-    pt, wanted = run.trained.patch.t, config.given_frames
+    pt, wanted = run.trained.tokens.span.t, config.given_frames
     count = wanted if wanted is not None else 1 + pt
     if len(video) < count:
         raise ValueError(f"{config.video} has {len(video)} frames, {count} are wanted; set given_frames")

@@ -197,7 +197,8 @@ class Batch:
     audio_rate: int = 0  # samples a second
     has_audio: Bool[Tensor, " b"] | None = None  # of those without any, audio is silence
     latents: Float[Tensor, "b t h w c"] | None = None  # what the autoencoder makes of the video, where there is one
-    encoded: list[Encoded] | None = None  # the captions, where they come as states
+    logvar: Float[Tensor, "b t h w c"] | None = None  # of latents that are to be drawn: logarithm of the variance around them
+    encoded: list[Encoded | None] | None = None  # the captions, where they come as states; none of a filler
 
     def __post_init__(self) -> None:
         if self.weights is None:
@@ -220,9 +221,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device."""
-        moved: dict[str, Any] = {name: getattr(self, name) for name in ("video", "weights", "audio", "has_audio", "latents")}
+        moved: dict[str, Any] = {
+            name: getattr(self, name) for name in ("video", "weights", "audio", "has_audio", "latents", "logvar")
+        }
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items() if tensor is not None}
-        encoded = None if self.encoded is None else [caption.to(device) for caption in self.encoded]
+        encoded = None if self.encoded is None else [caption and caption.to(device) for caption in self.encoded]
         return replace(self, encoded=encoded, **moved)
 
     def micro_batches(self) -> "Iterator[Batch]":
@@ -230,9 +233,12 @@ class Batch:
         bounds = [0, *accumulate(self.parts)]
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             cut = slice(start, end)
-            tensors: dict[str, Any] = {name: getattr(self, name) for name in ("audio", "has_audio", "latents", "encoded")}
+            tensors: dict[str, Any] = {
+                name: getattr(self, name) for name in ("audio", "has_audio", "latents", "logvar", "encoded")
+            }
             yield Batch(
-                None if self.video is None else self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut], self.fps, self.weights[cut],
+                None if self.video is None else self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut],
+                self.fps, self.weights[cut],
                 step_clips=self.step_clips, starts=self.starts[cut], audio_rate=self.audio_rate,
                 **{name: value[cut] for name, value in tensors.items() if value is not None},
             )  # fmt: skip

@@ -29,7 +29,7 @@ from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.text import split_words
 from dit_video.runs import Lock, read_yaml, saved_in, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
-from dit_video.shapes import Batch, grid_of, token_grid
+from dit_video.shapes import Batch
 from dit_video.trainer import checkpoint, heart
 from dit_video.trainer.callbacks.evaluation import Evaluating, ValidationLoss
 from dit_video.trainer.callbacks.losses import LossRecord
@@ -170,9 +170,7 @@ def check(config: DictConfig) -> None:
     transformer = network.transformer
     for shape in [data, *(data.buckets or [])]:
         whole = {key: shape.get(key, data[key]) for key in ("num_frames", "height", "width")}
-        token_grid(whole["num_frames"], whole["height"], whole["width"], transformer.patch)
-    if transformer.channels != 3:
-        raise ValueError(f"videos have 3 channels, the model takes {transformer.channels}; set model.channels=3 and model.patch")
+        network.tokens.grid(whole["num_frames"], whole["height"], whole["width"])
     if list(transformer.ends) != ["video"]:
         raise ValueError(
             f"the data holds videos alone, the model has {', '.join(transformer.ends)}; set model.other_streams=null"
@@ -311,7 +309,7 @@ def make_callbacks(
             return over_ranks(share, requests, lambda request: request.shape, module.parallel.layout)
 
     def flops_per_clip(module: VideoDiffusion, batch: Batch) -> float:
-        grid = grid_of(batch.video, module.network.transformer.patch)
+        grid = module.network.grid(batch)
         words = max(len(split_words(caption)) for caption in batch.captions)  # shorter captions are padded to this
         return TRAINING * sum(flops_by_part(module.network, grid, 1, words).values())
 
@@ -353,7 +351,7 @@ def cost_of(config: DictConfig) -> Callable[[ClipShape], float]:
     network = make_network(config)
 
     def cost(shape: ClipShape) -> float:
-        grid = token_grid(shape.num_frames, shape.height, shape.width, network.transformer.patch)
+        grid = network.tokens.grid(shape.num_frames, shape.height, shape.width)
         return float(sum(flops_by_part(network, grid, 1, WORDS_OF_A_CAPTION).values()))
 
     return cost
@@ -361,8 +359,8 @@ def cost_of(config: DictConfig) -> Callable[[ClipShape], float]:
 
 def tokens_of(config: DictConfig) -> Callable[[ClipShape], int]:
     """How many tokens a clip of a shape is to the model."""
-    patch = make_network(config).transformer.patch
-    return lambda shape: token_grid(shape.num_frames, shape.height, shape.width, patch).num_tokens
+    tokens = make_network(config).tokens
+    return lambda shape: tokens.grid(shape.num_frames, shape.height, shape.width).num_tokens
 
 
 def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -376,7 +374,8 @@ def make_options(config: DictConfig, folder: Path) -> dict[str, Any]:
 
 def num_parameters(config: DictConfig) -> int:
     """How many parameters a run trains."""
-    return sum(p.numel() for p in [*make_network(config).parameters(), *make_objective(config).parameters()])
+    every = [*make_network(config).parameters(), *make_objective(config).parameters()]
+    return sum(parameter.numel() for parameter in every if parameter.requires_grad)
 
 
 def summary(config: DictConfig, done: dict[str, Any], spent: Spent) -> dict[str, Any]:

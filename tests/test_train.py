@@ -277,8 +277,7 @@ def test_a_warm_start_onto_the_same_shape_has_the_source_s_loss(
     run = Run(trained_run)
     batch = next(ClipLoader(f"{world_shards}/*.tar", 8, 9, 32, 32, 8, decoder="pyav").batches())
     with torch.no_grad():
-        transformer = run.trained.network.transformer
-        losses = make_objective(run.config)(run.trained.network, batch, transformer.patch, transformer.reference_rate)
+        losses = make_objective(run.config)(run.trained.network, batch, run.trained.network.tokens)
     assert first_loss(tmp_path / "again") == pytest.approx(losses.per_clip.mean().item(), rel=1e-5)
     assert "0 new, 0 dropped" in caplog.text
 

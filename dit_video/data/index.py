@@ -30,6 +30,7 @@ from safetensors.numpy import save as to_safetensors
 
 from dit_video.data.decode import DecodeError, probe
 from dit_video.data.downloaded import not_fetched
+from dit_video.data.encoding import LATENTS, encoding_of
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import ShardFile, exists, open_file, read_ranges, size_of, version_of
 from dit_video.data.shards import MAX_JSON_BYTES, ClipRecord, Member, members_of, sidecar
@@ -41,6 +42,7 @@ AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "aac")  # beside
 SHAPE_KEYS = ("num_frames", "height", "width", "fps")  # of a sample's json, believed where all are there
 NO_CHECKSUM = -1
 REMOTE_AT_ONCE = 16  # shards whose index is fetched, or built, at the same time
+MAX_NOTE_BYTES = 65536  # in which the header of a file of latents must say what made it
 SAVE_EVERY = 10_000  # checksums that are taken at a first read
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class ShardIndex:
     member_checksum: np.ndarray  # int64, NO_CHECKSUM where it was never taken
     shard_bytes: int = 0
     shard_version: str = ""  # what files.version_of said of the shard; another machine's copy has another
+    encoding: str = ""  # what made the latents that the shard holds, see encoded.py; nothing where it holds videos
     looked: bool = False  # whether shapes were looked for; where they are 0 all the same they cannot be read
     problems: list[str] = field(default_factory=list)  # what the headers could not tell; not stored
 
@@ -137,6 +140,8 @@ def table(
             f"{shard}: its members have {len(extensions)} different extensions, 256 at the most (a key ends at the first dot of "
             f"a name: {extensions[0]!r} is one); change the names, or data.shards"
         )
+    encoded = next((members[LATENTS] for members in samples.values() if LATENTS in members), None)
+    look = look or encoded is not None  # latents have shapes that nobody can choose later
     shapes = np.array([shape_of(shard, members) if look else (0, 0, 0, 0.0) for members in samples.values()], np.float64)
     shapes = shapes.reshape(-1, 4)
     rows = [(extensions.index(extension), member) for members in samples.values() for extension, member in members.items()]
@@ -156,9 +161,18 @@ def table(
         member_checksum=np.array([NO_CHECKSUM if m.checksum is None else m.checksum for _, m in rows], np.int64),
         shard_bytes=size_of(shard),
         shard_version=version_of(shard),
+        encoding="" if encoded is None else _encoding(shard, encoded),
         looked=look,
         problems=problems,
     )
+
+
+def _encoding(shard: ShardFile, latents: Member) -> str:
+    try:
+        (first,) = read_ranges(shard, [(latents.offset, min(latents.size, MAX_NOTE_BYTES))])
+        return encoding_of(first)
+    except ValueError as error:
+        raise BadDataError(f"{shard}: {error}; encode it anew, or change data.shards") from error
 
 
 def shape_of(shard: ShardFile, members: Mapping[str, Member]) -> tuple[int, int, int, float]:
@@ -215,6 +229,7 @@ def save(index: ShardIndex, path: Path) -> None:
     columns["key_ends"] = np.cumsum([len(key) for key in keys], dtype=np.int64)
     about = {"version": INDEX_VERSION, "extensions": index.extensions, "looked": index.looked}
     # checksums tell more than times do, and the same shard shall have the same index wherever and whenever it was written
+    about |= {"encoding": index.encoding} if index.encoding else {}
     about |= {"shard_bytes": index.shard_bytes, "shard_version": "" if index.checked else index.shard_version}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -238,14 +253,16 @@ def load(path: ShardFile) -> ShardIndex:
         missing = [name for name in (*COLUMNS, "key_bytes", "key_ends") if name not in columns]
         if missing:
             raise KeyError(missing[0])
-        extensions, looked = list(about["extensions"]), about["looked"] is True
+        extensions, looked, encoding = list(about["extensions"]), about["looked"] is True, str(about.get("encoding", ""))
         size, version = int(about["shard_bytes"]), str(about["shard_version"])
         raw, ends = columns.pop("key_bytes").tobytes(), columns.pop("key_ends")
         starts = [0, *ends[:-1].tolist()]
         keys = [raw[start:end].decode() for start, end in zip(starts, ends.tolist(), strict=True)] if len(ends) else []
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise BadDataError(f"{path}: is no index that can be read ({error}); delete it, and it is built anew") from error
-    index = ShardIndex(keys=keys, extensions=extensions, shard_bytes=size, shard_version=version, looked=looked, **columns)
+    index = ShardIndex(
+        keys=keys, extensions=extensions, shard_bytes=size, shard_version=version, encoding=encoding, looked=looked, **columns
+    )
     if not _fits(index):
         raise BadDataError(f"{path}: is a damaged index; delete it, and it is built anew")
     return index

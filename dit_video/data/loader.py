@@ -8,7 +8,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,22 @@ import numpy as np
 import torch
 
 from dit_video.data.audio import AudioFormat
-from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, ClipShape, assign, level
+from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, TOO_SHORT, ClipShape, assign, level
 from dit_video.data.decode import DECODERS, Decoder, why_no_torchcodec
+from dit_video.data.encoded import EncodedReader
+from dit_video.data.encoding import LATENTS, one_encoding
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import expand_shards
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
 from dit_video.data.ledger import BadClip, Ledger
 from dit_video.data.plan import Plan, Step
 from dit_video.data.pool import DecodePool, Failure
-from dit_video.data.reader import ClipReader, Job
+from dit_video.data.reader import ClipReader, Job, RawStates
 from dit_video.data.report import DataReport, SourceReport
 from dit_video.data.shards import ClipRecord
 from dit_video.data.sources import Store
 from dit_video.seeding import fraction
-from dit_video.shapes import Batch
+from dit_video.shapes import Batch, Encoded
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class _Cached:
     captions: dict[str, str]
     audio: torch.Tensor | None = None
     has_audio: bool = False
+    states: dict[str, Encoded] = field(default_factory=dict)  # of its captions, by field
 
 
 def _check_keys(given: Mapping[str, Any], known: Collection[str], name: str) -> None:
@@ -117,6 +120,7 @@ class ClipLoader:
         tokens: Callable[[ClipShape], int] | None = None,
         audio_rate: int | None = None,
         audio_channels: int = 1,
+        states: bool = True,
     ) -> None:
         if decoder not in DECODERS:
             raise ValueError(f"there is no decoder {decoder!r}; set data.decoder to one of {', '.join(DECODERS)}")
@@ -144,7 +148,6 @@ class ClipLoader:
         self.batch_size, self.micro_batches, self.seed, self.num_workers = batch_size, micro_batches, seed, num_workers
         self.timeout_seconds, self.worker_bytes, self.cache_bytes = timeout_seconds, worker_bytes, cache_bytes
         self.audio = AudioFormat(audio_rate, audio_channels) if audio_rate is not None else None
-        self.reader = ClipReader(seed, decoder, tuple(self.fields), max_caption_chars, random_start, self.audio)
         costs = [cost(shape) if cost else float(shape.num_frames * shape.height * shape.width) for shape in self.shapes]
 
         named = sources or {"shards": {"shards": shards, "weight": 1.0}}
@@ -156,6 +159,16 @@ class ClipLoader:
         paths = {name: expand_shards(source["shards"], store) for name, source in named.items()}
         weights = [float(source.get("weight", 1.0)) for source in named.values()]
         self.clips = Clips([path for each in paths.values() for path in each], look=len(self.shapes) > 1)
+        try:
+            self.encoding = one_encoding([(str(shard), index.encoding) for shard, index in self.clips.indices() if len(index)])
+        except ValueError as error:
+            raise BadDataError(f"{error}; set data.shards to shards that were made alike") from error
+        if self.encoding is not None and self.audio is not None:
+            raise ValueError("shards of latents hold no sound; set data.audio_rate=null, or data.shards to videos")
+        self.reader: ClipReader | EncodedReader = (
+            ClipReader(seed, decoder, tuple(self.fields), max_caption_chars, random_start, self.audio)
+            if self.encoding is None else EncodedReader(self.encoding, tuple(self.fields), max_caption_chars, states)
+        )  # fmt: skip
         self._check_members(caption_ext if captions is None else None)
         owner = np.repeat(np.arange(len(paths)), [len(each) for each in paths.values()])
         source = np.repeat(owner, np.diff(self.clips.starts))
@@ -220,7 +233,26 @@ class ClipLoader:
         if len(self.shapes) == 1:
             chosen[chosen == NO_SHAPE] = 0
         chosen[~columns["fetched"]] = NOT_FETCHED
+        if self.encoding is not None:
+            self._check_encoded(columns, chosen)
         return chosen
+
+    def _check_encoded(self, columns: Mapping[str, np.ndarray], chosen: np.ndarray) -> None:
+        """ValueError where clips would have to be cut or resized, which latents cannot be."""
+        same = np.zeros(len(chosen), bool)
+        for number, shape in enumerate(self.shapes):
+            rate = (np.abs(columns["fps"] - shape.fps) < 1e-6) | (shape.num_frames == 1)
+            size = [
+                columns[name] == getattr(shape, own) for name, own in (("frames", "num_frames"), ("height",) * 2, ("width",) * 2)
+            ]
+            same |= (chosen == number) & rate & np.all(size, axis=0)
+        for first in np.flatnonzero(~same & ((chosen >= 0) | (chosen == TOO_SHORT)))[:1]:
+            frames, height, width = (int(columns[name][first]) for name in ("frames", "height", "width"))
+            found = ClipShape(frames, height, width, float(columns["fps"][first]))
+            raise ValueError(
+                f"{self.clips.record(int(first)).name} was encoded as {found}, and is to be trained on as "
+                f"{' or '.join(map(str, self.shapes))}; set data.buckets, or data.num_frames, height, width and fps, to what was encoded"
+            )
 
     def _check_members(self, caption_ext: str | None) -> None:
         found = sorted({extension for _, index in self.clips.indices() for extension in index.extensions})
@@ -229,7 +261,7 @@ class ClipLoader:
         if not len(self.clips):
             problems = self.clips.problems()
             raise BadDataError(problems[0] if problems else f"{where}: a tar without samples; change data.shards")
-        wanted = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if any(shape.num_frames == 1 for shape in self.shapes) else ())
+        wanted = (LATENTS, *VIDEO_EXTENSIONS) + (IMAGE_EXTENSIONS if any(shape.num_frames == 1 for shape in self.shapes) else ())
         if not set(found) & set(wanted):
             raise BadDataError(
                 f"{where}: no video in {len(self.clips)} samples, their members are {found[:20]} (the key of a sample ends at the first "
@@ -329,9 +361,10 @@ class ClipLoader:
         shape = self.shapes[step.bucket]
         fillers = sum(not part for part in parts)
         count = len(entries) + fillers
-        video = torch.zeros(count, shape.num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
-        audio = torch.zeros(count, self.audio.channels, self.reader.num_samples(shape)) if self.audio else None
+        video = self._blank(count, shape)
+        audio = torch.zeros(count, self.audio.channels, self.audio.num_samples(shape.seconds)) if self.audio else None
         has_audio = torch.zeros(count, dtype=torch.bool)
+        encoded: list[Encoded | None] = [None] * count
         captions, keys, weights, starts = [""] * count, [FILLER] * count, torch.zeros(count), torch.zeros(count)
         slots = torch.full((count,), step.first_slot)
         rows = itertools.count()
@@ -347,10 +380,10 @@ class ClipLoader:
                     if isinstance(outcome, Failure):
                         bad = BadClip(entry.record, outcome.reason)
                     else:
-                        pixels, waveform = self.reader.layout(shape, outcome.pixels)
-                        video[row], starts[row] = torch.from_numpy(pixels), outcome.value.start
-                        clip = _Cached(video[row], outcome.value.captions)
-                        if audio is not None:
+                        content, waveform = self._content(shape, outcome.pixels)
+                        video[row], starts[row] = content, outcome.value.start
+                        clip = _Cached(video[row], outcome.value.captions, states=self._states(outcome.value.states))
+                        if audio is not None and waveform is not None:
                             audio[row], has_audio[row] = torch.from_numpy(waveform), outcome.value.has_audio
                             clip = replace(clip, audio=audio[row], has_audio=outcome.value.has_audio)
                         if outcome.value.fixed:
@@ -363,13 +396,46 @@ class ClipLoader:
                         audio[row] = clip.audio
                 self.ledger.account(bad)
                 if clip is not None:
-                    captions[row], weights[row] = self._caption(clip.captions, entry.slot), 1
+                    chosen = self._caption(clip.captions, entry.slot)
+                    captions[row], weights[row] = clip.captions[chosen], 1
+                    encoded[row] = clip.states.get(chosen)
         sizes = [max(len(part), 1) for part in parts]
-        batch = Batch(video, captions, keys, slots, shape.fps, weights, sizes, len(step.records), starts)
-        return batch if self.audio is None else replace(batch, audio=audio, audio_rate=self.audio.rate, has_audio=has_audio)
+        batch = Batch(None, captions, keys, slots, shape.fps, weights, sizes, len(step.records), starts)
+        if isinstance(self.reader, EncodedReader) and self.reader.with_states:
+            batch.encoded = encoded
+        if self.audio is not None:
+            batch = replace(batch, audio=audio, audio_rate=self.audio.rate, has_audio=has_audio)
+        if video.dtype == torch.uint8:  # whether it was stored as a video or as its frames
+            return replace(batch, video=video.reshape(count, *video.shape[-4:]))
+        latents = video.float()
+        return replace(batch, latents=latents[:, 0], logvar=latents[:, 1] if latents.shape[1] > 1 else None)
+
+    def _blank(self, count: int, shape: ClipShape) -> torch.Tensor:
+        """Zeros for so many clips, as they are stored."""
+        if self.encoding is None:
+            return torch.zeros(count, shape.num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
+        return torch.zeros(count, *self.encoding.size(shape), dtype=getattr(torch, self.encoding.dtype))
+
+    def _content(self, shape: ClipShape, out: np.ndarray) -> tuple[torch.Tensor, np.ndarray | None]:
+        """Frames and sound, or latents, of a clip that was read."""
+        if isinstance(self.reader, ClipReader):
+            pixels, waveform = self.reader.layout(shape, out)
+            return torch.from_numpy(pixels), waveform
+        stored = torch.from_numpy(out[: self.reader.num_bytes(shape)])
+        return stored.view(self._blank(0, shape).dtype).reshape(self._blank(1, shape).shape[1:]), None
+
+    @staticmethod
+    def _states(raw: Mapping[str, RawStates]) -> dict[str, Encoded]:
+        states = {}
+        for name, found in raw.items():
+            dtype = getattr(torch, found.dtype)
+            pooled = None if found.pooled is None else torch.frombuffer(bytearray(found.pooled), dtype=dtype)
+            states[name] = Encoded(torch.frombuffer(bytearray(found.states), dtype=dtype).reshape(found.shape), pooled)
+        return states
 
     def _keep(self, entry: _Entry, clip: _Cached) -> None:
         size = self.reader.num_bytes(self.shapes[entry.bucket])
+        size += sum(states.states.nbytes for states in clip.states.values())
         if self._cached_bytes + size <= self.cache_bytes and (entry.bucket, entry.number) not in self._cache:
             self._cache[entry.bucket, entry.number] = replace(
                 clip, video=clip.video.clone(), audio=None if clip.audio is None else clip.audio.clone()
@@ -377,15 +443,13 @@ class ClipLoader:
             self._cached_bytes += size
 
     def _caption(self, captions: dict[str, str], slot: int) -> str:
-        """One of a clip's captions, drawn by the fields' weights from (seed, slot)."""
-        if len(captions) == 1:
-            return next(iter(captions.values()))
+        """The field of one of a clip's captions, drawn by the fields' weights from (seed, slot)."""
         weights = [self.fields[name] for name in captions]
-        if not sum(weights):
-            return next(iter(captions.values()))
+        if len(captions) == 1 or not sum(weights):
+            return next(iter(captions))
         point, reached = fraction(self.seed, slot, "caption") * sum(weights), 0.0
         for name, weight in zip(captions, weights, strict=True):
             reached += weight
             if point < reached:
-                return captions[name]
-        return captions[max(captions, key=lambda name: self.fields[name])]  # rounding
+                return name
+        return max(captions, key=lambda name: self.fields[name])  # rounding

@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,6 +23,17 @@ class Job:
     record: ClipRecord
     slot: int
     shape: ClipShape
+    start: float | None = None  # where in a longer source, 0 its beginning to 1 as late as can be; none: as the reader draws it
+
+
+@dataclass(frozen=True)
+class RawStates:
+    """States of a caption `l d` as bytes, and its pooled vector."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    states: bytes
+    pooled: bytes | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class ReadClip:
     start: float  # seconds into the source
     has_audio: bool
     checksums: dict[str, int]  # of members that had none in the index
+    states: dict[str, RawStates] = field(default_factory=dict)  # of captions, by field, where the shard holds them
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,8 @@ class ClipReader:
 
         def choose_start(slack: float) -> float:
             nonlocal fixed
+            if job.start is not None:
+                return slack * job.start
             if not self.random_start or slack < 0.5 / shape.fps:
                 return 0.0
             fixed = False

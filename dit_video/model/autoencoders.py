@@ -36,6 +36,10 @@ class Pixels(Autoencoder):
 
     compression, channels, fingerprint = PIXELS, 3, "pixels"
 
+    def __init__(self, channels: int = 3) -> None:
+        if channels != 3:
+            raise ValueError(f"pixels have 3 channels, got {channels}; set autoencoder.channels=3, or autoencoder")
+
     def encode(self, video: Float[Tensor, "b T H W 3"]) -> Float[Tensor, "b t h w c"]:
         return video
 

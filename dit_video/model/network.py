@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.text import TextEncoder
 from dit_video.model.transformer import VideoTransformer
-from dit_video.shapes import Batch, Caption, Stream, Tokens, to_float
+from dit_video.shapes import Batch, Caption, Grid, Stream, Tokens, grid_of, to_float
 
 
 class Network(nn.Module):
@@ -23,6 +23,13 @@ class Network(nn.Module):
     def tokens(self) -> Tokens:
         """How clips become this network's tokens."""
         return Tokens(self.transformer.patch, self.autoencoder.compression, self.transformer.reference_rate)
+
+    def grid(self, batch: Batch) -> Grid:
+        """The token grid of a batch, whether or not its clips are latents yet."""
+        if batch.latents is not None:
+            return grid_of(batch.latents, self.transformer.patch)
+        assert batch.video is not None
+        return grid_of(batch.video, self.tokens.span)
 
     def as_latents(self, batch: Batch) -> Batch:
         """The batch with latents of its clips, unless it came with them, or pixels are what is made."""

@@ -85,7 +85,9 @@ class WordEncoder(TextEncoder):
 
     def encode(self, captions: list[str | Encoded]) -> Context:
         if any(isinstance(caption, Encoded) for caption in captions):
-            raise ValueError("the clips' captions come as states of another encoder, and this one reads words; set text to that encoder")
+            raise ValueError(
+                "the clips' captions come as states of another encoder, and this one reads words; set text to that encoder"
+            )
         words = [split_words(str(caption))[: self.max_words] for caption in captions]
         longest = max(map(len, words))
         hashes = torch.zeros(len(words), longest, 2, dtype=torch.long)

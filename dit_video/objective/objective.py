@@ -13,9 +13,9 @@ from dit_video.objective.levels import Levels
 from dit_video.objective.path import Prediction, mix, shift_for, shifted, target_of
 from dit_video.objective.tasks import Task, check_tasks, draw_task, given_tokens
 from dit_video.seeding import seeded
-from dit_video.shapes import Batch, Grid, Patch, Stream, grid_of, patchify, real_slots, to_float, token_places
+from dit_video.shapes import Batch, Caption, Grid, Stream, Tokens, grid_of, patchify, real_slots
 
-Denoiser = Callable[[dict[str, Stream], Sequence[str | None], tuple[str, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+Denoiser = Callable[[dict[str, Stream], Sequence[Caption], tuple[str, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
 @dataclass
@@ -23,7 +23,8 @@ class Corrupted:
     """A batch on its way into the network, with the answer beside it."""
 
     stream: Stream
-    captions: list[str | None]  # None where dropped
+    captions: list[Caption]  # None where dropped
+    grid: Grid
     clean: Float[Tensor, "b n p"]
     noise: Float[Tensor, "b n p"]
     time: Float[Tensor, " b"]  # of the tokens to be made
@@ -87,19 +88,18 @@ class Objective(nn.Module):
         self.base_tokens, self.seed = base_tokens, seed
         self.extra: Mapping[str, ExtraLoss] = nn.ModuleDict(extra or {})  # type: ignore
 
-    def forward(self, network: Denoiser, batch: Batch, patch: Patch, reference_rate: float) -> Losses:
-        corrupted = self.corrupt(batch, patch, reference_rate)
-        grid = grid_of(batch.video, patch)
-        return self.compare(network, batch, corrupted, grid)
+    def forward(self, network: Denoiser, batch: Batch, tokens: Tokens) -> Losses:
+        return self.compare(network, batch, self.corrupt(batch, tokens))
 
-    def corrupt(self, batch: Batch, patch: Patch, reference_rate: float, time: float | None = None) -> Corrupted:
+    def corrupt(self, batch: Batch, tokens: Tokens, time: float | None = None) -> Corrupted:
         """Draws each clip's task, noise level, noise and caption dropout from (seed, slot); a given time replaces the level."""
-        grid = grid_of(batch.video, patch)
-        device = batch.video.device
-        clean = patchify(to_float(batch.video), patch)
+        video, patch = drawn(batch, self.seed), tokens.patch
+        grid, device = grid_of(video, patch), video.device
+        clean, told = patchify(video, patch), batch.told()
         real = repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=clean.shape[-1] // patch.t).to(device)
 
-        tasks, given, times, captions = [], [], [], []
+        tasks, given, times = [], [], []
+        captions: list[Caption] = []
         noise = torch.empty(clean.shape)
         for row, slot in enumerate(batch.slots.tolist()):
             generator = seeded(self.seed, slot)
@@ -109,17 +109,17 @@ class Objective(nn.Module):
             shift = shift_for(int((~given[-1]).sum()), self.base_tokens)
             times.append(shifted(torch.tensor(self.levels.draw(generator)), shift))
             dropped = torch.rand((), generator=generator).item() < self.caption_dropout
-            captions.append(None if dropped else batch.captions[row])
+            captions.append(None if dropped else told[row])
             torch.randn(clean.shape[1:], generator=generator, out=noise[row])
         noise = noise.to(device) * real
         made_time = torch.stack(times).to(device) if time is None else torch.full((len(tasks),), time, device=device)
 
-        stream = video_stream(clean, torch.stack(given).to(device), grid, patch, batch.fps, reference_rate)
+        stream = video_stream(clean, torch.stack(given).to(device), grid, tokens, batch.fps)
         stream.levels = torch.stack([torch.full_like(made_time, self.given_noise), made_time], dim=1)
         stream.values = mix(clean, noise, stream.level_per_token())
-        return Corrupted(stream, captions, clean, noise, made_time, real, tasks)
+        return Corrupted(stream, captions, grid, clean, noise, made_time, real, tasks)
 
-    def compare(self, network: Denoiser, batch: Batch, corrupted: Corrupted, grid: Grid) -> Losses:
+    def compare(self, network: Denoiser, batch: Batch, corrupted: Corrupted) -> Losses:
         """Asks the network about corrupted clips and gives the loss of each."""
         stream, made = corrupted.stream, corrupted.made
         taps = tuple(tap for loss in self.extra.values() for tap in loss.taps)
@@ -133,16 +133,22 @@ class Objective(nn.Module):
         per_token = torch.linalg.vecdot(error, error) / divisor**2
         per_clip = torch.where(made, per_token, 0).sum(-1) / made.sum(-1)
 
-        extra = {name: loss(tapped, batch, corrupted, grid) for name, loss in self.extra.items()}
+        extra = {name: loss(tapped, batch, corrupted, corrupted.grid) for name, loss in self.extra.items()}
         total = per_clip + sum((self.extra[name].weight * value for name, value in extra.items()), torch.zeros(()))
         return Losses(total, per_clip.detach(), {k: v.detach() for k, v in extra.items()}, corrupted.time, corrupted.tasks)
 
 
-def video_stream(
-    values: Float[Tensor, "b n p"], given: Bool[Tensor, "b n"], grid: Grid, patch: Patch, fps: float, reference_rate: float
-) -> Stream:
+def drawn(batch: Batch, seed: int) -> Float[Tensor, "b t h w c"]:
+    """The clean clips; latents that come with a variance are drawn from around their mean, from (seed, slot)."""
+    if batch.logvar is None:
+        return batch.clean()
+    noise = [torch.randn(batch.logvar.shape[1:], generator=seeded(seed, slot, "latents")) for slot in batch.slots.tolist()]
+    return batch.clean() + (batch.logvar / 2).exp() * torch.stack(noise).to(batch.logvar.device)
+
+
+def video_stream(values: Float[Tensor, "b n p"], given: Bool[Tensor, "b n"], grid: Grid, tokens: Tokens, fps: float) -> Stream:
     """The stream of a batch of clips: given tokens have the first of two noise levels, tokens to be made the second (both 0 so far)."""
     batch = values.shape[0]
-    place = repeat(token_places(grid, patch, fps, reference_rate), "n place -> b n place", b=batch).to(values.device)
-    partial = repeat(real_slots(grid, patch)[:, 0] == 0, "n -> b n", b=batch).to(values.device)
+    place = repeat(tokens.places(grid, fps), "n place -> b n place", b=batch).to(values.device)
+    partial = repeat(real_slots(grid, tokens.patch)[:, 0] == 0, "n -> b n", b=batch).to(values.device)
     return Stream(values, place, torch.zeros(batch, 2, device=values.device), (~given).long(), given, partial)

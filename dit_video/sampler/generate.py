@@ -18,7 +18,7 @@ from dit_video.objective.tasks import Task, given_tokens
 from dit_video.sampler.guidance import guided
 from dit_video.sampler.solvers import Solver, Velocity, multistep
 from dit_video.seeding import seeded
-from dit_video.shapes import Grid, Patch, Stream, patchify, real_slots, to_float, to_uint8, token_grid, unpatchify, valid_frames
+from dit_video.shapes import Grid, Patch, Stream, Tokens, patchify, real_slots, to_float, to_uint8, unpatchify, valid_frames
 
 
 @dataclass
@@ -91,8 +91,8 @@ class Trained:
     given_noise: float
 
     @property
-    def patch(self) -> Patch:
-        return self.network.transformer.patch
+    def tokens(self) -> Tokens:
+        return self.network.tokens
 
 
 def check_request(request: Request, trained: Trained) -> None:
@@ -101,12 +101,13 @@ def check_request(request: Request, trained: Trained) -> None:
         raise ValueError(f"the model knows no task {request.task!r}, only {', '.join(trained.tasks)}; set task")
     if not request.fps > 0:
         raise ValueError(f"fps must be positive, got {request.fps}; set fps")
-    grid = _grid(request, trained.patch)
+    grid, pt = _grid(request, trained.tokens), trained.tokens.span.t
     given = request.given
     if given is not None and given.ndim != 4:
         raise ValueError(f"given frames are an array of frames, height, width and 3, got shape {given.shape}; give them so")
-    places = trained.tasks[request.task].places(0 if given is None else len(given), grid.t, trained.patch.t)
-    whole = valid_frames(request.num_frames, trained.patch.t)
+    places = trained.tasks[request.task].places(0 if given is None else len(given), grid.t, pt)
+    check_prefix(request.task, places, trained.tokens)
+    whole = valid_frames(request.num_frames, pt)
     if request.num_frames != whole and grid.t - 1 in places:
         raise ValueError(
             f"with the last frames given a clip cannot be trimmed to {request.num_frames} frames; set num_frames={whole}"
@@ -138,11 +139,11 @@ def generate(trained: Trained, requests: Sequence[Request], sampler: Sampler) ->
 
 
 def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> list[np.ndarray]:
-    first, patch, device = requests[0], trained.patch, next(trained.network.parameters()).device
-    grid = _grid(first, patch)
-    noise = torch.stack([noise_of(request.seed, grid, patch) for request in requests]).to(device)
+    first, tokens, device = requests[0], trained.tokens, next(trained.network.parameters()).device
+    grid, patch, channels = _grid(first, tokens), tokens.patch, trained.network.transformer.channels
+    noise = torch.stack([noise_of(request.seed, grid, patch, channels) for request in requests]).to(device)
     x, given = _place_given(trained, requests, noise, grid)
-    stream = video_stream(noise, given, grid, patch, first.fps, trained.network.transformer.reference_rate)
+    stream = video_stream(noise, given, grid, tokens, first.fps)
     if not given.any():  # one noise level for the whole clip, which the model broadcasts
         stream.levels, stream.index = stream.levels[:, :1], torch.zeros_like(stream.index)
 
@@ -155,11 +156,11 @@ def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> li
     velocity = guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale)
 
     def fresh(step: int) -> Tensor:
-        return torch.stack([noise_of(request.seed, grid, patch, step=step) for request in requests]).to(device)
+        return torch.stack([noise_of(request.seed, grid, patch, channels, step) for request in requests]).to(device)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision == "bfloat16"):
         clean = sampler.solver(velocity, x, times, fresh)
-    videos = to_uint8(unpatchify(clean, grid, patch)).cpu().numpy()
+    videos = to_uint8(trained.network.autoencoder.decode(unpatchify(clean, grid, patch))).cpu().numpy()
     return [video[: first.num_frames] for video in videos]
 
 
@@ -170,26 +171,33 @@ def noise_of(seed: int, grid: Grid, patch: Patch, channels: int = 3, step: int |
     return noise * repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=noise.shape[-1] // patch.t)
 
 
-def _grid(request: Request, patch: Patch) -> Grid:
-    return token_grid(valid_frames(request.num_frames, patch.t), request.height, request.width, patch)
+def check_prefix(task: str, places: Sequence[int], tokens: Tokens) -> None:
+    """ValueError where latents are given that have already seen what is to be made: all but a clip's first, as autoencoders are causal."""
+    if tokens.compression.t > 1 and list(places) != list(range(len(places))):
+        raise ValueError(f"with this autoencoder only first frames can be given, and the task {task} gives others; set task")
+
+
+def _grid(request: Request, tokens: Tokens) -> Grid:
+    return tokens.grid(valid_frames(request.num_frames, tokens.span.t), request.height, request.width)
 
 
 def _place_given(trained: Trained, requests: list[Request], noise: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Puts the given frames' tokens among the noise; returns them with the mask of what is given."""
-    first, patch = requests[0], trained.patch
+    first, tokens = requests[0], trained.tokens
     if first.given is None:
         return noise, torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device)
-    places = trained.tasks[first.task].places(len(first.given), grid.t, patch.t)
+    places = trained.tasks[first.task].places(len(first.given), grid.t, tokens.span.t)
     frames = torch.from_numpy(np.stack([request.given for request in requests if request.given is not None])).to(noise.device)
     mask = given_tokens(places, grid).to(noise.device)
     x = noise.clone()
-    x[:, mask] = patchify(to_float(frames), patch)
+    x[:, mask] = patchify(trained.network.autoencoder.encode(to_float(frames)), tokens.patch)
     return x, mask.expand(len(requests), -1)
 
 
 def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid) -> Velocity:
     """The network as a velocity of tokens at their times, for these captions."""
-    real = repeat(real_slots(grid, trained.patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // trained.patch.t)
+    patch = trained.tokens.patch
+    real = repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // patch.t)
     moves = real.to(stream.values.device) * ~stream.given[..., None]  # what is given stays, and so does the padding
     context = trained.network.text(captions)  # the same at every step
 

@@ -26,7 +26,7 @@ from dit_video.model.transformer import VideoTransformer
 from dit_video.objective.levels import LogitNormal
 from dit_video.objective.objective import Objective
 from dit_video.objective.tasks import FirstFrames, TextToVideo
-from dit_video.shapes import Batch, Patch, token_grid
+from dit_video.shapes import Batch, Patch, Tokens, token_grid
 from dit_video.trainer import checkpoint
 from dit_video.trainer.callbacks.saving import Saving, capture
 from dit_video.trainer.callbacks.throughput import peak_flops
@@ -55,7 +55,7 @@ def batch(size: int) -> Batch:
 def step(net: Network, clips: Batch) -> torch.Tensor:
     objective = Objective({"text_to_video": TextToVideo(0.8), "image_to_video": FirstFrames(0.2)}, LogitNormal())
     with torch.autocast("cuda", torch.bfloat16):
-        loss = objective(net, clips, Patch(1, 4, 4), 8.0).per_clip.mean()
+        loss = objective(net, clips, Tokens(Patch(1, 4, 4), reference_rate=8.0)).per_clip.mean()
     loss.backward()
     return loss.detach()
 
@@ -88,7 +88,7 @@ def correctness() -> bool:
     for device in ("cpu", "cuda"):
         net, clips = network(192, 3, 3, attend.sdpa).to(device), batch(2).to(device)
         objective = Objective({"text_to_video": TextToVideo()}, LogitNormal())
-        losses[device] = objective(net, clips, Patch(1, 4, 4), 8.0).per_clip.double().cpu()
+        losses[device] = objective(net, clips, Tokens(Patch(1, 4, 4), reference_rate=8.0)).per_clip.double().cpu()
     error = (losses["cpu"] / losses["cuda"] - 1).abs().max().item()
     good &= error < 1e-3
     print(f"loss on CPU and GPU from one seed: relative difference {error:.2e} {'PASS' if error < 1e-3 else 'FAIL'}")

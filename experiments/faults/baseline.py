@@ -91,8 +91,7 @@ class Diffusion(L.LightningModule):
     def training_step(self, batch: dict[str, Any], number: int) -> torch.Tensor:
         slots = torch.randint(0, 2**31, (len(batch["captions"]),))  # the objective's noise, from torch's own generator
         clips = Batch(batch["video"], batch["captions"], batch["keys"], slots, 8.0)
-        transformer = self.network.transformer
-        losses = self.objective(self.network, clips, transformer.patch, transformer.reference_rate)
+        losses = self.objective(self.network, clips, self.network.tokens)
         loss = self.spoil(losses.per_clip.mean())
         self.log("train/loss", loss)
         return loss

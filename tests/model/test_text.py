@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
+from dit_video.model.frozen import Frozen
 from dit_video.model.layers import initialise
-from dit_video.model.text import Frozen, TextEncoder, WordEncoder, hash_word, split_words
-from dit_video.shapes import Context
+from dit_video.model.text import TextEncoder, WordEncoder, hash_word, split_words
+from dit_video.shapes import Context, Encoded
 
 TEXTS = [
     "a small red circle moves left",
@@ -113,11 +114,12 @@ class FrozenStub(TextEncoder):
         super().__init__(dim)
         self.pretrained = Frozen(lambda: torch.nn.Embedding(256, dim))
 
-    def encode(self, captions: list[str]) -> Context:
-        codes = [torch.tensor(list(caption.encode()[:8])) for caption in captions]
+    def encode(self, captions: list[str | Encoded]) -> Context:
+        codes = [torch.tensor(list(caption.encode()[:8])) for caption in captions if isinstance(caption, str)]
         lengths = torch.tensor([len(code) for code in codes])
         padded = torch.nn.utils.rnn.pad_sequence(codes, batch_first=True)
-        return Context(self.pretrained(padded.device, padded), lengths)
+        with self.pretrained.on("cpu") as table:
+            return Context(table(padded), lengths)
 
 
 def test_a_frozen_encoder_is_used_but_not_trained_copied_or_saved() -> None:
@@ -131,7 +133,13 @@ def test_a_frozen_encoder_is_used_but_not_trained_copied_or_saved() -> None:
     assert set(encoder.state_dict()) == {"null_state", "null_pooled"}
     context = encoder(["a red circle", None])
     assert context.states.shape == (2, 8, 16) and context.lengths.tolist() == [8, 1]
-    assert not encoder.pretrained(torch.device("cpu"), torch.tensor([1])).requires_grad
+    with encoder.pretrained.on("cpu") as table:
+        assert not table(torch.tensor([1])).requires_grad
     twin = copy.deepcopy(encoder)
     assert twin.pretrained is encoder.pretrained
     assert torch.equal(twin(["a red circle"]).states, context.states[:1])
+
+
+def test_states_of_another_encoder_are_no_words(encoder: WordEncoder) -> None:
+    with pytest.raises(ValueError, match="set text to that encoder"):
+        encoder(["a red circle", Encoded(torch.zeros(3, 16))])

@@ -17,7 +17,7 @@ from dit_video.objective.path import Prediction
 from dit_video.objective.tasks import FirstFrames, InBetween, TextToVideo
 from dit_video.sampler.generate import Request, Sampler, Trained, check_request, generate, noise_of
 from dit_video.sampler.solvers import Stochastic, euler, heun, multistep
-from dit_video.shapes import Batch, Grid, Patch, Stream, patchify, real_slots, to_float, unpatchify
+from dit_video.shapes import Batch, Grid, Patch, Stream, Tokens, patchify, real_slots, to_float, unpatchify
 
 PATCH = Patch(2, 4, 4)
 TASKS = {
@@ -187,7 +187,7 @@ def test_given_noise_is_shown_to_the_network_and_to_nobody_else(make_network: Ca
         generate(trained, [request_of(task="image_to_video", given=given)], Sampler(3, 1.0))
         video = torch.from_numpy(np.concatenate([given, given, given, given, given]))[None]
         batch = Batch(video, ["x"], ["k"], torch.tensor([0]), 8.0)
-        corrupted = Objective({"image": FirstFrames()}, LogitNormal(), given_noise=noise).corrupt(batch, PATCH, 4.0).stream
+        corrupted = Objective({"image": FirstFrames()}, LogitNormal(), given_noise=noise).corrupt(batch, Tokens(PATCH)).stream
         for step, stream in enumerate(asked):
             assert torch.equal(stream.given, corrupted.given) and torch.equal(stream.partial, corrupted.partial)
             assert torch.equal(stream.index, corrupted.index) and torch.equal(stream.place, corrupted.place)

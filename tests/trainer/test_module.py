@@ -208,20 +208,18 @@ class WithCritic(VideoDiffusion):
         return super().make_learners() | {"critic": self.learner(recipe, critic=self.critic)}
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
-        transformer = self.network.transformer
-
         def judged(part: Batch, network: Any) -> Tensor:
-            corrupted = self.objective.corrupt(part, transformer.patch, transformer.reference_rate)
+            corrupted = self.objective.corrupt(part, self.network.tokens)
             outputs, _ = network({"video": corrupted.stream}, corrupted.captions, ())
             return self.critic(outputs["video"].mean(1)).squeeze(-1)
 
         def please(part: Batch) -> Losses:
-            losses = self.objective(self.network, part, transformer.patch, transformer.reference_rate)
+            losses = self.objective(self.network, part, self.network.tokens)
             return replace(losses, per_clip=losses.per_clip - 0.1 * judged(part, self.network))
 
         def tell(part: Batch) -> Losses:
             with torch.no_grad():
-                losses = self.objective(self.network, part, transformer.patch, transformer.reference_rate)
+                losses = self.objective(self.network, part, self.network.tokens)
             return replace(losses, per_clip=judged(part, self.network).sigmoid() - judged(part, self.teacher).sigmoid())
 
         return self.take_step(batch, {"network": please, "critic": tell})

@@ -1,0 +1,300 @@
+"""Encodes captioned clips once: latents and text states of every clip, as shards that training reads in place of the videos."""
+
+import fcntl
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import save as to_safetensors
+
+from dit_video.build import check_whole, make, make_autoencoder, make_text
+from dit_video.data.buckets import ClipShape
+from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding
+from dit_video.data.errors import BadDataError
+from dit_video.data.index import build, save
+from dit_video.data.loader import ClipLoader
+from dit_video.data.pool import DecodePool, Failure, Result
+from dit_video.data.reader import ClipReader, Job, ReadClip
+from dit_video.data.shards import ShardFile, members_of, sidecar
+from dit_video.model.autoencoders import Autoencoder, Pixels
+from dit_video.model.layers import initialise
+from dit_video.model.pretrained_text import PretrainedText
+from dit_video.shapes import to_float
+
+log = logging.getLogger(__name__)
+
+NOTE, SKIPPED = "encoding.json", "skipped.jsonl"
+_RECORD = 512  # bytes that members of a tar are filled up to
+
+
+def main(config: DictConfig) -> None:
+    """Encodes the shards of a config into a folder, by one process or several."""
+    check_whole(config, 1, "processes", "views")
+    check_whole(config, 0, "data.num_workers")
+    if config.processes > 1:
+        _start(config.processes)
+        return
+    text = make_text(config)
+    encode_shards(
+        Path(config.out), make(config.data, random_start=False, max_bad_fraction=1.0), make_autoencoder(config),
+        text if isinstance(text, PretrainedText) else None, config.dtype, config.logvar, config.views, config.device,
+    )  # fmt: skip
+
+
+def _start(processes: int) -> None:
+    """The same command several times, each process on a device of its own where there are several."""
+    words = [word for word in sys.argv[1:] if not word.startswith("processes=")]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dit_video.cli", *words, "processes=1"], env=os.environ | {"LOCAL_RANK": str(number)}
+        )
+        for number in range(processes)
+    ]
+    try:
+        failed = [process.wait() for process in started]
+    finally:
+        for process in started:
+            process.terminate()
+    if any(failed):
+        raise SystemExit(next(filter(None, failed)))
+
+
+@dataclass
+class _Encoder:
+    """What turns a clip that was read into a sample."""
+
+    encoding: Encoding
+    autoencoder: Autoencoder
+    text: PretrainedText | None
+    device: torch.device
+
+    def sample(self, key: str, clip: ReadClip, shape: ClipShape, video: np.ndarray) -> dict[str, bytes]:
+        """The members of a sample, the last of them its json: a sample that has it is whole."""
+        notes = {"encoding": self.encoding.to_json(), "start": repr(clip.start)}
+        members = {field: caption.encode() for field, caption in clip.captions.items() if not field.startswith("json.")}
+        if self.text is not None:
+            states = {}
+            for field, caption in clip.captions.items():
+                found = self.text.states_of(caption)
+                states[f"{field}.states"] = found.states.cpu().contiguous()
+                if found.pooled is not None:
+                    states[f"{field}.pooled"] = found.pooled.cpu().contiguous()
+            members[TEXT] = to_safetensors(states, {"encoding": notes["encoding"]})
+        members[LATENTS] = to_safetensors(self._latents(video), notes)
+        about = {
+            "num_frames": shape.num_frames,
+            "height": shape.height,
+            "width": shape.width,
+            "fps": shape.fps,
+            "start": clip.start,
+        }
+        about |= {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
+        return members | {"json": json.dumps(about | {"source": key}).encode()}
+
+    @torch.no_grad()
+    def _latents(self, video: np.ndarray) -> dict[str, torch.Tensor]:
+        if isinstance(self.autoencoder, Pixels):
+            return {"mean": torch.from_numpy(video)}
+        dtype = getattr(torch, self.encoding.dtype)
+        mean, logvar = self.autoencoder.encode_distribution(to_float(torch.from_numpy(video)[None]).to(self.device))
+        found = {"mean": mean, "logvar": logvar} if self.encoding.logvar else {"mean": mean}
+        return {name: tensor[0].to("cpu", dtype).contiguous() for name, tensor in found.items() if tensor is not None}
+
+
+def encode_shards(
+    out: Path,
+    source: ClipLoader,
+    autoencoder: Autoencoder,
+    text: PretrainedText | None = None,
+    dtype: str = "bfloat16",
+    logvar: bool = False,
+    views: int = 1,
+    device: str | None = None,
+) -> None:
+    """Writes, for every shard of a source, one of the same name with the latents and text states of its clips.
+
+    Each clip is made into the shape of its bucket; of a source that lasts longer, `views` clips are taken, evenly spread. Any number of
+    processes, on any machines that share the folder, may be started alike: each takes shards that no other has. One that was cut off
+    goes on after the last whole sample. What cannot be read is listed in skipped.jsonl. ValueError where the folder was made otherwise.
+    """
+    if dtype not in BYTES or dtype == "uint8":
+        raise ValueError(f"latents are kept as float16, bfloat16 or float32, got {dtype!r}; set dtype")
+    if source.encoding is not None:
+        raise ValueError(f"{source.clips.shards[0]} holds latents already; set data.shards to videos")
+    if source.audio is not None:
+        raise ValueError("shards of latents hold no sound; set data.audio_rate=null")
+    assert isinstance(source.reader, ClipReader)
+    encoding = Encoding(
+        autoencoder.name, tuple(autoencoder.compression), autoencoder.channels, "uint8" if isinstance(autoencoder, Pixels) else dtype,
+        logvar, None if text is None else text.name,
+        f"{source.reader.decoder}, {'from the beginning' if views == 1 else f'{views} views'}, {', '.join(map(str, source.shapes))}",
+    )  # fmt: skip
+    if logvar and not autoencoder.has_logvar:
+        raise ValueError(f"{autoencoder.name} gives no variance; set logvar=false")
+    names = [_name(shard) for shard in source.clips.shards]
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two shards are called {twice}; encode them into folders of their own")
+    _claim(out, encoding)
+    encoder = _Encoder(encoding, autoencoder, text, _device(device))
+    if text is not None:
+        initialise(text, 0)  # its learned null caption, which is not written
+    console = Console(stderr=True)
+    written = skipped = 0
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("encoding", total=int((source.report.bucket >= 0).sum()))
+        for number, name in enumerate(names):
+            with _taken(out / name) as file:
+                if file is None:
+                    continue
+                for whole in _encode_shard(file, source, number, encoder, views, out / SKIPPED):
+                    written, skipped = written + whole, skipped + (not whole)
+                    progress.advance(task)
+                _finish(file, out / name)
+    left = [name for name in names if not (out / name).exists()]
+    if text is not None and text.truncated:
+        log.warning("%d captions are longer than text.max_tokens=%d, and were cut there", text.truncated, text.max_tokens)
+    told = f"{out}: encoded {written} clips" + (f", {skipped} could not be used, see {SKIPPED}" if skipped else "")
+    Console(soft_wrap=True).print(told + (f"; {len(left)} shards are other processes'" if left else ""))
+
+
+def _name(shard: ShardFile) -> str:
+    return shard.name if shard.name.endswith(".tar") else f"{shard.name}.tar"
+
+
+def _device(device: str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def _claim(out: Path, encoding: Encoding) -> None:
+    """Makes the folder this encoding's, or ValueError where it is another's."""
+    note = out / NOTE
+    if note.is_file():
+        if note.read_text().strip() != encoding.to_json():
+            raise ValueError(
+                f"{out} was encoded otherwise: {note.read_text().strip()}, now {encoding.to_json()}; set out to another folder"
+            )
+        return
+    if out.exists() and any(out.glob("*.tar")):
+        raise ValueError(f"{out} holds shards that this tool did not write; set out to another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    draft = note.with_name(f"{NOTE}.{os.getpid()}")
+    draft.write_text(encoding.to_json() + "\n")
+    os.replace(draft, note)
+
+
+@contextmanager
+def _taken(path: Path) -> Iterator[BinaryIO | None]:
+    """The file that a shard is written into, for this process alone; none where the shard is there, or another process's."""
+    if path.exists():
+        yield None
+        return
+    with os.fdopen(os.open(_partial(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield None if path.exists() else file  # another has finished it since
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _encode_shard(
+    file: BinaryIO, source: ClipLoader, number: int, encoder: _Encoder, views: int, skipped: Path
+) -> Iterator[bool]:
+    """Appends the samples that a shard still lacks; says of each whether it could be used."""
+    done, end = _whole_samples(Path(file.name))
+    done |= _known(skipped)
+    jobs = [(key, job) for key, job in _jobs(source, number, views) if f"{job.record.shard.name}:{key}" not in done]
+    file.seek(end)
+    file.truncate()
+    reader = source.reader
+    assert isinstance(reader, ClipReader)
+    pool: DecodePool[Job, ReadClip] = DecodePool(
+        reader, source.num_workers, max(map(reader.num_bytes, source.shapes)),
+        timeout_seconds=source.timeout_seconds, memory_bytes=source.worker_bytes,
+    )  # fmt: skip
+    # webdataset's writer cannot go on in a file that was cut off
+    with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for (key, job), outcome in zip(jobs, pool.map(job for _, job in jobs), strict=True):
+            name = f"{job.record.shard.name}:{key}"
+            if isinstance(outcome, Failure):
+                with skipped.open("a") as ledger:  # appended in one piece, whichever process does
+                    ledger.write(json.dumps({"key": name, "reason": outcome.reason}) + "\n")
+                yield False
+                continue
+            assert isinstance(outcome, Result)
+            video, _ = reader.layout(job.shape, outcome.pixels)
+            for extension, data in encoder.sample(name, outcome.value, job.shape, video).items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size, info.mode = len(data), 0o444
+                tar.addfile(info, io.BytesIO(data))
+            tar.members.clear()  # type: ignore[attr-defined]
+            file.flush()
+            yield True
+
+
+def _jobs(source: ClipLoader, number: int, views: int) -> Iterator[tuple[str, Job]]:
+    """The clips of a shard with the keys they are stored under."""
+    columns = source.clips.columns()
+    first, last = source.clips.starts[number : number + 2].tolist()
+    for clip in range(first, last):
+        if source.report.bucket[clip] < 0:
+            continue
+        record, shape = source.clips.record(clip), source.shapes[source.report.bucket[clip]]
+        seconds = columns["frames"][clip] / max(columns["fps"][clip], 1e-9)
+        longer = shape.num_frames > 1 and seconds - shape.seconds >= 0.5 / shape.fps
+        count = views if longer else 1
+        for view in range(count):
+            key = record.key if count == 1 else f"{record.key}-view{view}"
+            yield key, Job(record, clip, shape, start=view / (count - 1) if count > 1 else 0.0)
+
+
+def _whole_samples(partial: Path) -> tuple[set[str], int]:
+    """The names of the samples that are whole in a file that may have been cut off, and where the last of them ends."""
+    if not partial.stat().st_size:
+        return set(), 0
+    try:
+        members, _ = members_of(partial)
+    except BadDataError:  # cut off within its first header
+        return set(), 0
+    whole = [(key, member) for key, extension, member in members if extension == "json"]
+    end = max((member.offset + member.size for _, member in whole), default=0)
+    name = partial.name.removesuffix(".partial")
+    return {f"{name}:{key}" for key, _ in whole}, -(-end // _RECORD) * _RECORD
+
+
+def _known(skipped: Path) -> set[str]:
+    """The clips that are known to be of no use."""
+    if not skipped.is_file():
+        return set()
+    return {json.loads(line)["key"] for line in skipped.read_text().splitlines() if line.endswith("}")}
+
+
+def _finish(file: BinaryIO, path: Path) -> None:
+    """Turns a file with all samples into the shard; its index is there first."""
+    file.flush()
+    os.fsync(file.fileno())
+    save(build(_partial(path), checksums=True, look=True), sidecar(path))
+    os.replace(_partial(path), path)

@@ -1,0 +1,91 @@
+"""Clips that are stored as latents, with captions that are stored as states, read as any other clip.
+
+A sample holds key.latents.safetensors (mean, and logvar where it was kept: `t h w c`), key.text.safetensors (for each caption field,
+such as txt, txt.states `l d` and, where there is one, txt.pooled), the captions themselves, and key.json with the clip's shape. Worker
+processes read them without torch.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from safetensors import SafetensorError, deserialize
+
+from dit_video.data.buckets import ClipShape
+from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding, header_of
+from dit_video.data.reader import Job, RawStates, ReadClip, caption_members, captions_of
+from dit_video.data.shards import read_members
+
+_DTYPES = {"U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # as safetensors calls them
+
+
+@dataclass(frozen=True)
+class EncodedReader:
+    """Reads a clip's latents into `out`, see `size` of the encoding, and its captions' states; ValueError where it cannot be used."""
+
+    encoding: Encoding
+    captions: tuple[str, ...]
+    max_caption_chars: int
+    states: bool = True  # whether the captions' states are wanted, where there are any
+
+    def num_bytes(self, shape: ClipShape) -> int:
+        """What `out` must hold for a clip."""
+        return int(np.prod(self.encoding.size(shape))) * BYTES[self.encoding.dtype]
+
+    def __call__(self, job: Job | None, out: UInt8[np.ndarray, " bytes"]) -> ReadClip | None:
+        """What was read; None for no job."""
+        if job is None:
+            return None
+        record, shape = job.record, job.shape
+        for extension in (LATENTS, TEXT) if self.with_states else (LATENTS,):
+            if extension not in record.members:
+                raise ValueError(f"no {extension} among {sorted(record.members)}")
+        wanted = [LATENTS, *caption_members(record, self.captions, self.max_caption_chars), *([TEXT] if self.with_states else [])]
+        members = read_members(record, wanted)
+        captions = captions_of(members, self.captions, self.max_caption_chars)
+        self._latents(members[LATENTS], shape, out)
+        states = self._states(members[TEXT], captions) if self.with_states else {}
+        start = float(header_of(members[LATENTS]).get("start", 0.0))
+        checksums = {name: zlib.crc32(data) for name, data in members.items() if record.members[name].checksum is None}
+        return ReadClip(captions, True, start, False, checksums, states)
+
+    @property
+    def with_states(self) -> bool:
+        """Whether states are read."""
+        return self.states and self.encoding.text is not None
+
+    def _tensors(self, data: bytes, what: str) -> dict[str, dict[str, Any]]:
+        try:
+            if header_of(data).get("encoding") != self.encoding.to_json():
+                raise ValueError("made otherwise than its shard's index says")
+            return dict(deserialize(data))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"its {what} cannot be used: {error}") from error
+
+    def _latents(self, data: bytes, shape: ClipShape, out: UInt8[np.ndarray, " bytes"]) -> None:
+        tensors, size, end = self._tensors(data, "latents"), self.encoding.size(shape), 0
+        for name in ("mean", "logvar") if self.encoding.logvar else ("mean",):
+            found = tensors.get(name)
+            if found is None or tuple(found["shape"]) != size[1:] or _DTYPES.get(found["dtype"]) != self.encoding.dtype:
+                told = "none" if found is None else f"{found['dtype']} of {tuple(found['shape'])}"
+                raise ValueError(
+                    f"its latents are {told} where {self.encoding.dtype} of {size[1:]} is expected for {shape}: {name}"
+                )
+            begin, end = end, end + len(found["data"])
+            out[begin:end] = np.frombuffer(found["data"], np.uint8)
+
+    def _states(self, data: bytes, captions: Mapping[str, str]) -> dict[str, RawStates]:
+        tensors = self._tensors(data, "states")
+        states = {}
+        for field in captions:
+            found, pooled = tensors.get(f"{field}.states"), tensors.get(f"{field}.pooled")
+            if found is None or len(found["shape"]) != 2 or _DTYPES.get(found["dtype"]) is None:
+                raise ValueError(f"it has no states of its caption {field}")
+            states[field] = RawStates(
+                _DTYPES[found["dtype"]], tuple(found["shape"]), bytes(found["data"]),
+                None if pooled is None else bytes(pooled["data"]),
+            )  # fmt: skip
+        return states

@@ -1,0 +1,80 @@
+"""What the latents and states of a shard were made with: a note in the header of every file of them, and in the shard's index."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from dit_video.data.buckets import ClipShape
+
+LATENTS, TEXT = "latents.safetensors", "text.safetensors"
+BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+MAX_HEADER_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the clips of a shard were made with."""
+
+    autoencoder: str  # class and fingerprint
+    compression: tuple[int, int, int]  # frames, rows and columns of pixels in a latent
+    channels: int
+    dtype: str  # of the latents: uint8 (of pixels), float16, bfloat16 or float32
+    logvar: bool  # whether the logarithm of the variance lies beside the mean
+    text: str | None  # encoder and fingerprint of the captions' states; none: there are none
+    clips: str  # how clips were cut from their sources, in words
+
+    def to_json(self) -> str:
+        """One line that is the same for equal encodings."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Encoding":
+        """Undoes to_json; ValueError where it is no encoding."""
+        try:
+            found = json.loads(text)
+            made = cls(**found | {"compression": tuple(found["compression"])})
+            if made.dtype not in BYTES or len(made.compression) != 3 or min(*made.compression, made.channels) < 1:
+                raise ValueError(f"it is {made}")
+            return made
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"the note of what made these latents cannot be read ({error})") from error
+
+    def size(self, shape: ClipShape) -> tuple[int, int, int, int, int]:
+        """What is stored of a clip: mean alone or with logvar, frames, rows and columns of latents, channels."""
+        t, h, w = self.compression
+        return 1 + self.logvar, 1 + (shape.num_frames - 1) // t, shape.height // h, shape.width // w, self.channels
+
+
+def header_of(data: bytes) -> dict[str, str]:
+    """The notes in the header of a safetensors file, of which the first bytes will do; ValueError where there is no header."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        if len(data) < 8 or length > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        notes = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        return {str(key): str(value) for key, value in notes.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a safetensors file ({error})") from error
+
+
+def encoding_of(first_bytes: bytes) -> str:
+    """The note of what made a file of latents, as its first bytes say."""
+    return Encoding.from_json(header_of(first_bytes).get("encoding", "")).to_json()
+
+
+def one_encoding(found: Sequence[tuple[str, str]]) -> Encoding | None:
+    """The encoding of shards, given by name, of which none, or all alike, have any; ValueError naming two that differ."""
+    different = {note: name for name, note in reversed(found)}
+    if len(different) > 1:
+        (one, first), (other, second) = sorted(different.items(), key=lambda item: item[1])[:2]
+        raise ValueError(f"{first} and {second} were not made alike: {differences(one, other)}")
+    note = next(iter(different), "")
+    return Encoding.from_json(note) if note else None
+
+
+def differences(one: str, other: str) -> str:
+    """In what two notes differ, in words."""
+    a, b = (asdict(Encoding.from_json(note)) if note else {} for note in (one, other))
+    if not a or not b:
+        return "one holds latents, the other does not"
+    return "; ".join(f"{key} {a[key]} and {b[key]}" for key in a if a[key] != b[key])
