@@ -111,6 +111,8 @@ class _Encoder:
             return {"mean": torch.from_numpy(video)}
         dtype = getattr(torch, self.encoding.dtype)
         mean, logvar = self.autoencoder.encode_distribution(to_float(torch.from_numpy(video)[None]).to(self.device))
+        if self.encoding.logvar and logvar is None:
+            raise ValueError(f"{self.autoencoder.name} gives no variance; set logvar=false")
         found = {"mean": mean, "logvar": logvar} if self.encoding.logvar else {"mean": mean}
         return {name: tensor[0].to("cpu", dtype).contiguous() for name, tensor in found.items() if tensor is not None}
 
@@ -131,6 +133,8 @@ def encode_shards(
     processes, on any machines that share the folder, may be started alike: each takes shards that no other has. One that was cut off
     goes on after the last whole sample. What cannot be read is listed in skipped.jsonl. ValueError where the folder was made otherwise.
     """
+    if logvar and isinstance(autoencoder, Pixels):
+        raise ValueError("pixels have no variance; set logvar=false, or autoencoder")
     if dtype not in BYTES or dtype == "uint8":
         raise ValueError(f"latents are kept as float16, bfloat16 or float32, got {dtype!r}; set dtype")
     if source.encoding is not None:
@@ -143,8 +147,6 @@ def encode_shards(
         logvar, None if text is None else text.name,
         f"{source.reader.decoder}, {'from the beginning' if views == 1 else f'{views} views'}, {', '.join(map(str, source.shapes))}",
     )  # fmt: skip
-    if logvar and not autoencoder.has_logvar:
-        raise ValueError(f"{autoencoder.name} gives no variance; set logvar=false")
     names = [_name(shard) for shard in source.clips.shards]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

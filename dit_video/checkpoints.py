@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from dit_video.runs import export_file, saved_in, write_json
+from dit_video.card import model_card
+from dit_video.runs import export_file, saved_in, write_json, write_text
 from dit_video.trainer import checkpoint
 from dit_video.trainer.checkpoint import CheckpointError, Saved
 
@@ -55,7 +56,7 @@ def verify(run: str) -> None:
 
 
 def export(run: str, out: str, step: int | None = None, weights: Sequence[str] = ("ema", "network")) -> None:
-    """Writes a run's weights and config to a folder that `dit_video.load`, `run=` and `init_from=` take as they take a run's.
+    """Writes a run's weights, config and model card to a folder that `dit_video.load`, `run=` and `init_from=` take as they take a run's.
 
     Every set of weights is a variant: model.safetensors holds the trained ones, model.ema.safetensors their average.
     """
@@ -66,12 +67,12 @@ def export(run: str, out: str, step: int | None = None, weights: Sequence[str] =
     if "config" not in saved.meta:
         raise CheckpointError(f"{saved.path} does not say its config; it is older than that, so train some more clips first")
     tensors = {name: saved.tensors(name) for name in weights}
+    sizes = {name: sum(value.numel() for value in values.values()) for name, values in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in tensors.items():
         save_file(values, folder / export_file(name), {"format": "pt"})
-        print(
-            f"{folder / export_file(name)}: {sum(value.numel() for value in values.values()):,} numbers in {len(values)} tensors"
-        )
+        print(f"{folder / export_file(name)}: {sizes[name]:,} numbers in {len(values)} tensors")
+    write_text(folder / "README.md", model_card(Path(run), saved.meta, sizes, folder))
     told = ("steps", "clips", "ema_decays", "code", "data", "torch", "metrics")
     about: dict[str, Any] = {name: saved.meta[name] for name in told if name in saved.meta}
     write_json(folder / "config.json", {"run": Path(run).name, **about, "config": saved.meta["config"]})

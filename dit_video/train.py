@@ -19,14 +19,16 @@ import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from dit_video.build import check_whole, make, make_network, make_objective, make_sampler, make_trained, plain
+from dit_video.build import check_whole, make, make_network, make_objective, make_sampler, make_text, make_trained, plain
 from dit_video.data.buckets import ClipShape
 from dit_video.data.loader import ClipLoader
 from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
 from dit_video.eval.report import write_report
 from dit_video.model.cost import TRAINING, flops_by_part
+from dit_video.model.pretrained_text import PretrainedText
 from dit_video.model.text import split_words
+from dit_video.objective.tasks import check_given
 from dit_video.runs import Lock, read_yaml, saved_in, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch
@@ -101,8 +103,9 @@ def train(config: DictConfig, folder: Path, hardware: Hardware, rank: int, spent
     options = make_options(config, folder)
     loader: ClipLoader = make(
         config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config), tokens=tokens_of(config),
-        micro_batches=math.lcm(config.data.micro_batches, layout.data_size),
+        micro_batches=math.lcm(config.data.micro_batches, layout.data_size), states=reads_states(config),
     )  # fmt: skip
+    by_first_rank(lambda: check_encoding(config, loader))
     if saved and not config.accept_changed_data:
         by_first_rank(lambda: check_data(folder / "data.json", loader))
     module = make_module(config, saved, hardware)
@@ -177,7 +180,7 @@ def check(config: DictConfig) -> None:
         )
     check_decays(decays_of(config))
     make_keep(config)
-    make_objective(config)
+    check_given(make_objective(config).tasks, network.tokens.compression, network.autoencoder.causal)
     make_sampler(config)
     make(config.optimisers)
     hardware = Hardware(**plain(config.trainer))
@@ -220,6 +223,42 @@ def find_run(folder: Path, config: DictConfig) -> Path | None:
     elif folder.is_dir() and any(folder.iterdir()) and not stored.is_file():
         raise ValueError(f"{folder} holds files, but no config.yaml that says of which run; set name or runs")
     return resume
+
+
+def reads_states(config: DictConfig) -> bool:
+    """Whether captions' states that lie in shards are of use: an encoder that is trained along reads the words."""
+    return isinstance(make_text(config), PretrainedText)
+
+
+def check_encoding(config: DictConfig, loader: ClipLoader) -> None:
+    """ValueError where the clips were encoded with another autoencoder or text encoder, or are to be encoded and cannot be."""
+    network, found = make_network(config), loader.encoding
+    autoencoder, text = network.autoencoder, network.text
+    if found is None:
+        autoencoder.check()
+        if isinstance(text, PretrainedText):
+            text.check()
+        return
+    shards = loader.clips.shards[0]
+    if (found.compression, found.channels) != (tuple(autoencoder.compression), autoencoder.channels):
+        raise ValueError(
+            f"{shards} was encoded by {found.autoencoder}, {found.channels} channels of {found.compression} pixels, and the model is to "
+            f"be trained with {autoencoder.channels} of {tuple(autoencoder.compression)}; set autoencoder, or data.shards"
+        )
+    if not autoencoder.can_decode:
+        log.warning("latents are of %s; autoencoder.folder is null, so nothing is sampled or evaluated", found.autoencoder)
+    elif found.autoencoder != autoencoder.name:
+        raise ValueError(
+            f"{shards} was encoded by {found.autoencoder}, and the model is to be trained with {autoencoder.name}; set autoencoder.folder, "
+            "or data.shards"
+        )
+    if isinstance(text, PretrainedText) and found.text != text.name:
+        if found.text is not None:
+            raise ValueError(
+                f"the captions of {shards} were encoded by {found.text}, and the model is to be trained with {text.name}; set text, or "
+                "data.shards"
+            )
+        text.check()  # captions are encoded as they come
 
 
 def check_data(before: Path, loader: ClipLoader) -> None:
@@ -325,9 +364,10 @@ def make_callbacks(
         LossRecord(every.record),
         Monitor(every.monitor),
         ProgressBar(),
-        Sampling(every.sample, folder / "samples", requests, draw),
     ]
-    if every.evaluate and config.eval:
+    if sees := module.network.autoencoder.can_decode:
+        callbacks.append(Sampling(every.sample, folder / "samples", requests, draw))
+    if every.evaluate and config.eval and sees:
         suites, metrics = ({str(k): make(v) for k, v in config.eval[part].items()} for part in ("suites", "metrics"))
 
         def judge(module: VideoDiffusion) -> dict[str, Estimate]:
@@ -337,7 +377,13 @@ def make_callbacks(
     if every.validate and config.validation.shards:
         clips = config.validation.clips
         held_out: ClipLoader = make(
-            data, shards=config.validation.shards, num_workers=0, max_clips=clips, random_start=False, **ALL_AT_ONCE
+            data,
+            shards=config.validation.shards,
+            num_workers=0,
+            max_clips=clips,
+            random_start=False,
+            states=reads_states(config),
+            **ALL_AT_ONCE,
         )
         callbacks.append(ValidationLoss(every.validate, held_out.one_pass))
     saving = Saving(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_run import dit_video, tensors, train
 
 import dit_video as package
+from dit_video.card import config_hash
 from dit_video.trainer import checkpoint
 
 
@@ -51,9 +52,17 @@ def test_an_export_is_loaded_as_the_run_is(
 ) -> None:
     out = tmp_path / "exported"
     told(capsys, "export", f"run={run}", f"out={out}")
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.ema.safetensors", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.ema.safetensors",
+        "model.safetensors",
+    ]
     about = json.loads((out / "config.json").read_text())
     assert (about["steps"], about["clips"], about["ema_decays"]) == (20, 160, [0.9]) and about["config"]["model"]["width"] == 32
+    card = (out / "README.md").read_text()
+    assert f'dit_video.load("{out}")' in card and "160 and 20" in card and config_hash(about["config"]) in card
+    assert json.loads((run / "data.json").read_text())["fingerprint"] in card and "Not evaluated yet" in card
     saved = tensors(run)
     for name, group in (("model", "network"), ("model.ema", "ema")):
         values = load_file(out / f"{name}.safetensors")

@@ -36,7 +36,8 @@ class Network(nn.Module):
         if batch.latents is not None or isinstance(self.autoencoder, Pixels):
             return batch
         assert batch.video is not None
-        return replace(batch, latents=self.autoencoder.encode(to_float(batch.video)))
+        mean, logvar = self.autoencoder.encode_distribution(to_float(batch.video))
+        return replace(batch, latents=mean, logvar=logvar)
 
     def forward(
         self, streams: dict[str, Stream], captions: Sequence[Caption], taps: tuple[str, ...] = ()

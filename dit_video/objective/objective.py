@@ -73,6 +73,7 @@ class Objective(nn.Module):
         given_noise: float = 0.0,  # noise level that given tokens carry; clean first frames tend to freeze motion
         min_time: float = 0.05,  # bound of the divisor in the loss
         base_tokens: int | None = None,  # clips with more tokens to make than this are shifted toward noise; none: no shift
+        sample_latents: bool = False,  # latents are drawn from the autoencoder's distribution, around the mean that is taken otherwise
         extra: dict[str, ExtraLoss] | None = None,  # further losses, by name
         seed: int = 0,
     ) -> None:
@@ -85,7 +86,7 @@ class Objective(nn.Module):
                 raise ValueError(f"{name} must be in [0, 1), got {value}; set objective.{name}")
         self.tasks, self.levels, self.predict = tasks, levels, predict
         self.caption_dropout, self.given_noise, self.min_time = caption_dropout, given_noise, min_time
-        self.base_tokens, self.seed = base_tokens, seed
+        self.base_tokens, self.sample_latents, self.seed = base_tokens, sample_latents, seed
         self.extra: Mapping[str, ExtraLoss] = nn.ModuleDict(extra or {})  # type: ignore
 
     def forward(self, network: Denoiser, batch: Batch, tokens: Tokens) -> Losses:
@@ -93,7 +94,7 @@ class Objective(nn.Module):
 
     def corrupt(self, batch: Batch, tokens: Tokens, time: float | None = None) -> Corrupted:
         """Draws each clip's task, noise level, noise and caption dropout from (seed, slot); a given time replaces the level."""
-        video, patch = drawn(batch, self.seed), tokens.patch
+        video, patch = self.clean(batch), tokens.patch
         grid, device = grid_of(video, patch), video.device
         clean, told = patchify(video, patch), batch.told()
         real = repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=clean.shape[-1] // patch.t).to(device)
@@ -119,6 +120,19 @@ class Objective(nn.Module):
         stream.values = mix(clean, noise, stream.level_per_token())
         return Corrupted(stream, captions, grid, clean, noise, made_time, real, tasks)
 
+    def clean(self, batch: Batch) -> Float[Tensor, "b t h w c"]:
+        """What is to be made of noise; latents that are to be drawn are drawn from (seed, slot)."""
+        if not self.sample_latents or batch.latents is None:
+            return batch.clean()
+        if batch.logvar is None:
+            raise ValueError(
+                "these latents come without a variance; encode with logvar=true, or set objective.sample_latents=false"
+            )
+        noise = [
+            torch.randn(batch.logvar.shape[1:], generator=seeded(self.seed, slot, "latents")) for slot in batch.slots.tolist()
+        ]
+        return batch.latents + (batch.logvar / 2).exp() * torch.stack(noise).to(batch.logvar.device)
+
     def compare(self, network: Denoiser, batch: Batch, corrupted: Corrupted) -> Losses:
         """Asks the network about corrupted clips and gives the loss of each."""
         stream, made = corrupted.stream, corrupted.made
@@ -136,14 +150,6 @@ class Objective(nn.Module):
         extra = {name: loss(tapped, batch, corrupted, corrupted.grid) for name, loss in self.extra.items()}
         total = per_clip + sum((self.extra[name].weight * value for name, value in extra.items()), torch.zeros(()))
         return Losses(total, per_clip.detach(), {k: v.detach() for k, v in extra.items()}, corrupted.time, corrupted.tasks)
-
-
-def drawn(batch: Batch, seed: int) -> Float[Tensor, "b t h w c"]:
-    """The clean clips; latents that come with a variance are drawn from around their mean, from (seed, slot)."""
-    if batch.logvar is None:
-        return batch.clean()
-    noise = [torch.randn(batch.logvar.shape[1:], generator=seeded(seed, slot, "latents")) for slot in batch.slots.tolist()]
-    return batch.clean() + (batch.logvar / 2).exp() * torch.stack(noise).to(batch.logvar.device)
 
 
 def video_stream(values: Float[Tensor, "b n p"], given: Bool[Tensor, "b n"], grid: Grid, tokens: Tokens, fps: float) -> Stream:

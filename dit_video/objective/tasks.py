@@ -3,12 +3,13 @@
 Choices are made in token frames: number 0 covers the first frame alone, every other covers pt frames.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from dit_video.shapes import Grid
+from dit_video.shapes import Grid, Patch
 
 
 @runtime_checkable
@@ -104,6 +105,28 @@ def check_tasks(tasks: dict[str, Task]) -> None:
             raise ValueError(f"a probability is 0 or more, got {task.probability}; set objective.tasks.{name}.probability")
     if not sum(task.probability for task in tasks.values()) > 0:
         raise ValueError("no task has a probability above 0; set objective.tasks.<task>.probability")
+
+
+def check_prefix(name: str, places: Sequence[int], compression: Patch) -> None:
+    """ValueError where a task gives latents that have seen what is to be made: of an autoencoder all but a clip's first have."""
+    if compression.t > 1 and list(places) != list(range(len(places))):
+        raise ValueError(
+            f"of latents only the first can be given, and {name} gives others; set task, or in training "
+            f"objective.tasks.{name}.probability=0"
+        )
+
+
+def check_given(tasks: dict[str, Task], compression: Patch, causal: bool) -> None:
+    """ValueError where a task that is trained gives latents that have seen what is to be made."""
+    for name, task in tasks.items():
+        drawn = {tuple(task.draw(9, torch.Generator().manual_seed(seed))) for seed in range(8)} if task.probability > 0 else set()
+        for places in drawn:
+            check_prefix(name, places, compression)
+        if not causal and any(drawn):
+            raise ValueError(
+                f"this autoencoder lets a clip's first latents see all of it, and {name} gives them; set "
+                f"objective.tasks.{name}.probability=0, or autoencoder"
+            )
 
 
 def given_tokens(token_frames: list[int], grid: Grid) -> torch.Tensor:

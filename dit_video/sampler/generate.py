@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_video.model.network import Network
 from dit_video.objective.objective import video_stream
 from dit_video.objective.path import Prediction, mix, shift_for, shifted, velocity_of
-from dit_video.objective.tasks import Task, given_tokens
+from dit_video.objective.tasks import Task, check_prefix, given_tokens
 from dit_video.sampler.guidance import guided
 from dit_video.sampler.solvers import Solver, Velocity, multistep
 from dit_video.seeding import seeded
@@ -106,7 +106,7 @@ def check_request(request: Request, trained: Trained) -> None:
     if given is not None and given.ndim != 4:
         raise ValueError(f"given frames are an array of frames, height, width and 3, got shape {given.shape}; give them so")
     places = trained.tasks[request.task].places(0 if given is None else len(given), grid.t, pt)
-    check_prefix(request.task, places, trained.tokens)
+    check_prefix(request.task, places, trained.tokens.compression)
     whole = valid_frames(request.num_frames, pt)
     if request.num_frames != whole and grid.t - 1 in places:
         raise ValueError(
@@ -169,12 +169,6 @@ def noise_of(seed: int, grid: Grid, patch: Patch, channels: int = 3, step: int |
     generator = seeded(seed, "sample") if step is None else seeded(seed, "sample", step)
     noise = torch.randn(grid.num_tokens, patch.t * patch.h * patch.w * channels, generator=generator)
     return noise * repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=noise.shape[-1] // patch.t)
-
-
-def check_prefix(task: str, places: Sequence[int], tokens: Tokens) -> None:
-    """ValueError where latents are given that have already seen what is to be made: all but a clip's first, as autoencoders are causal."""
-    if tokens.compression.t > 1 and list(places) != list(range(len(places))):
-        raise ValueError(f"with this autoencoder only first frames can be given, and the task {task} gives others; set task")
 
 
 def _grid(request: Request, tokens: Tokens) -> Grid:

