@@ -90,8 +90,8 @@ def test_whole_numbers_and_lists_are_taken() -> None:
 CHOICES = [
     (group, option)
     for group in (
-        "data", "text", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver", "optimisers", "eval",
-        "logger", "trainer", "experiment", "debug", "device",
+        "data", "text", "autoencoder", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver",
+        "optimisers", "eval", "logger", "trainer", "experiment", "debug", "device",
     )
     for option in options(group)
 ]  # fmt: skip
@@ -107,6 +107,7 @@ def test_every_choice_composes_and_builds(group: str, option: str) -> None:
     config = compose("plan" if group == "device" else "train", take_apart([f"{group}={option}", "data.shards=unused.tar"]))
     check_targets(config)
     assert all(parameter.is_meta for parameter in make_network(config).parameters())
+    assert make(config.autoencoder).compression.t >= 1
     assert make_objective(config).tasks
     assert make_sampler(config).steps >= 1
     assert make(config.optimisers).build(torch.nn.Linear(2, 2))

@@ -1,4 +1,7 @@
-"""Clips as latents and back. An autoencoder is frozen: it has a compression, a number of channels, `encode` and `decode`."""
+"""Clips as latents and back. An autoencoder is frozen: it has a compression, a number of channels, `encode` and `decode`.
+
+Those that were trained elsewhere are in pretrained_autoencoder.py.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -9,22 +12,35 @@ from dit_video.shapes import PIXELS, Patch
 
 
 class Autoencoder(ABC):
-    """The seam for autoencoders: causal in time, so that the first frame's latents are those of the frame by itself.
+    """The seam for autoencoders. A clip of 1 + k * compression.t frames has 1 + k frames of latents, whatever its batch.
 
-    A clip of 1 + k * compression.t frames has 1 + k frames of latents. What a clip is encoded to does not depend on its batch.
+    Where it is causal, the latents of a clip's beginning (1 + k * compression.t frames) are those of the beginning by itself, so they may
+    be given without telling what follows.
     """
 
     compression: Patch  # frames, rows and columns of pixels in a latent
     channels: int
+    causal: bool = True
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes with everything that the latents depend on: weights, scaling, precision."""
 
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{type(self).__name__} {self.fingerprint[:8]}"
+
     @abstractmethod
     def encode(self, video: Float[Tensor, "b T H W 3"]) -> Float[Tensor, "b t h w c"]:
         """Latents of clips in [-1, 1], scaled so that each channel has a spread of about 1, float32."""
+
+    def encode_distribution(
+        self, video: Float[Tensor, "b T H W 3"]
+    ) -> tuple[Float[Tensor, "b t h w c"], Float[Tensor, "b t h w c"] | None]:
+        """Mean, which is what `encode` gives, and logarithm of the variance of the latents; none where they have no variance."""
+        return self.encode(video), None
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "b t h w c"]) -> Float[Tensor, "b T H W 3"]:
