@@ -112,6 +112,16 @@ def token_places(grid: Grid, patch: Patch, fps: float, reference_rate: float) ->
     return rearrange(place, "t h w place -> (t h w) place").float()
 
 
+def cells_of(place: Float[Tensor, "b n 3"]) -> Int[Tensor, "b n 3"]:
+    """The cell (t, y, x) of every token in its clip's grid, counted from 0: the rank of its place among the clip's on each axis.
+
+    For published models, whose positions are whole numbers. All tokens of a clip must be there.
+    """
+    ordered, order = place.sort(dim=1)
+    ranks = torch.nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(dim=1), (0, 0, 1, 0))
+    return torch.zeros_like(order).scatter(1, order, ranks)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """How clips become tokens: the compression of the autoencoder, the patch of its latents, and the rate of places in time.
@@ -148,6 +158,7 @@ class Stream:
     given: Bool[Tensor, "b n"]  # known to the model; the others are to be made
     partial: Bool[Tensor, "b n"]  # holds fewer frames than its patch (the first frame's tokens); its other values are zeros
     control: Float[Tensor, "b n c"] | None = None  # values added to tokens at their place, such as a camera pose
+    cell: Int[Tensor, "b n 3"] | None = None  # see cells_of; said where not all of a clip's tokens are here
 
     def level_per_token(self) -> Float[Tensor, "b n"]:
         """The noise level of each token, for the algebra outside the transformer."""
@@ -161,6 +172,7 @@ class Context:
     states: Float[Tensor, "b l d"]
     lengths: Int[Tensor, " b"]  # states from here on are padding and are never looked at
     pooled: Float[Tensor, "b d"] | None = None
+    image: Float[Tensor, "b i e"] | None = None  # states of an image encoder that saw the first frame, for models that take them
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Flash:
         places: Float[Tensor, "b n 3"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b heads n e"]:
+        if not query.shape[0]:  # no clips, which still have gradients, of zero
+            return math(query, key, value, places, lengths)
         if query.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"flash attention takes float16 or bfloat16, got {query.dtype}; set trainer.precision=bf16 or model/attention=sdpa"

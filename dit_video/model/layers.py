@@ -86,17 +86,18 @@ class RMSNorm(nn.Module):
     With several shapes the weight spans more axes than the last, such as (2, 1, e) for queries and keys normed in one go.
     """
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, *shape: int, eps: float = 1e-6) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = learned(*shape, mean=1.0)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return rms_norm(x).to(x.dtype) * self.weight.to(x.dtype)  # CUDA autocast norms in float32
+        return rms_norm(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)  # CUDA autocast norms in float32
 
 
-def rms_norm(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+def rms_norm(x: Float[Tensor, "*b d"], eps: float = 1e-6) -> Float[Tensor, "*b d"]:
     """x divided by the root mean square over its last axis."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class SwiGLU(nn.Module):
@@ -124,7 +125,7 @@ class LevelEmbedding(nn.Module):
     def forward(self, levels: Float[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
         exponents = torch.arange(self.num_frequencies, device=levels.device) / self.num_frequencies
         angles = levels[..., None] * 1000 * torch.exp(-math.log(10_000) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.into.weight.dtype)
         return self.out(F.silu(self.into(waves)))
 
 

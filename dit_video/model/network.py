@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.text import TextEncoder
-from dit_video.model.transformer import VideoTransformer
+from dit_video.model.transformer import Transformer
 from dit_video.shapes import Batch, Caption, Grid, Stream, Tokens, grid_of, to_float
 
 
 class Network(nn.Module):
     """Streams and captions in; each stream's values, and the hidden states asked for, out."""
 
-    def __init__(self, text: TextEncoder, transformer: VideoTransformer, autoencoder: Autoencoder | None = None) -> None:
+    def __init__(self, text: TextEncoder, transformer: Transformer, autoencoder: Autoencoder | None = None) -> None:
         super().__init__()
         self.text, self.transformer = text, transformer
         self.autoencoder = autoencoder or Pixels()

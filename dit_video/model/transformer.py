@@ -105,7 +105,48 @@ class StreamBlock(nn.Module):
         return tuple(rearrange(x, "b n heads e -> b heads n e") for x in (query, key, value))  # type: ignore[return-value]
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
+    """What is asked of any transformer's block from outside: its heads, and the attention that may be put in place of its own."""
+
+    heads: int
+    attend: Attention
+
+
+class Transformer(nn.Module):
+    """The seam for transformers, this project's own or published ones: what the network, the trainer and the costs ask of them."""
+
+    patch: Patch
+    channels: int  # of the video
+    reference_rate: float  # tokens a second whose neighbours lie 1 apart in time, see token_places
+    head_dim: int
+    ends: Mapping[str, nn.Module]  # how each stream enters and leaves, by its name
+    blocks: Sequence[TransformerBlock]
+
+    def forward(
+        self, streams: dict[str, Stream], context: Context, taps: tuple[str, ...] = ()
+    ) -> tuple[dict[str, Float[Tensor, "b n p"]], dict[str, Tensor]]:
+        """Gives every stream's output values, and the hidden states asked for.
+
+        A tap is "<block>.<stream>", such as "3.video": the states `b n d` of that stream after block 3, counted from 0.
+        """
+        raise NotImplementedError
+
+    def check_streams(self, streams: Mapping[str, Stream]) -> None:
+        """ValueError where the streams are not those of the model."""
+        if streams.keys() != self.ends.keys():
+            raise ValueError(
+                f"the model has the streams {', '.join(self.ends)}, got {', '.join(streams)}; set model.other_streams"
+            )
+
+    def check_taps(self, taps: tuple[str, ...]) -> None:
+        """ValueError where hidden states are asked for that there are none of."""
+        valid = [f"{number}.{name}" for number in range(len(self.blocks)) for name in self.ends]
+        for tap in taps:
+            if tap not in valid:
+                raise ValueError(f"no hidden states are called {tap!r}; the model has {', '.join(valid)}")
+
+
+class Block(TransformerBlock):
     """Attention over the tokens of all streams and the text, then each stream's MLP."""
 
     def __init__(
@@ -190,7 +231,7 @@ def mlp_dim(width: int, mlp_ratio: float) -> int:
     return -(-int(width * mlp_ratio * 2 / 3) // 32) * 32
 
 
-class VideoTransformer(nn.Module):
+class VideoTransformer(Transformer):
     """A transformer over the video's tokens, and over those of any other streams."""
 
     def __init__(
@@ -228,19 +269,12 @@ class VideoTransformer(nn.Module):
     def forward(
         self, streams: dict[str, Stream], context: Context, taps: tuple[str, ...] = ()
     ) -> tuple[dict[str, Float[Tensor, "b n p"]], dict[str, Tensor]]:
-        """Gives every stream's output values, and the hidden states asked for.
-
-        A tap is "<block>.<stream>", such as "3.video": the states `b n d` of that stream after block 3, counted from 0.
-        """
-        self._check_taps(taps)
-        if streams.keys() != self.ends.keys():
-            raise ValueError(
-                f"the model has the streams {', '.join(self.ends)}, got {', '.join(streams)}; set model.other_streams"
-            )
+        self.check_taps(taps)
+        self.check_streams(streams)
         streams = {name: streams[name] for name in self.ends}  # in the model's order, whatever the caller's
         turns = {name: rotary(s.place, self.head_dim, self.rotary_theta) for name, s in streams.items()}
         places = torch.cat([s.place for s in streams.values()], dim=1) if len(streams) > 1 else streams["video"].place
-        picks = {name: _pick(s) for name, s in streams.items()}
+        picks = {name: pick_of(s) for name, s in streams.items()}
         embedded = {name: self.ends[name].levels(s, context.pooled) for name, s in streams.items()}  # b k d
         tables = {
             name: rearrange(self.ends[name].modulation(e), "b k (six d) -> b k six d", six=6) for name, e in embedded.items()
@@ -253,14 +287,9 @@ class VideoTransformer(nn.Module):
             tapped |= {tap: hidden[tap.split(".")[1]] for tap in taps if tap.split(".")[0] == str(number)}
         return {name: self.ends[name].leave(hidden[name], embedded[name], picks[name]) for name in hidden}, tapped
 
-    def _check_taps(self, taps: tuple[str, ...]) -> None:
-        valid = [f"{number}.{name}" for number in range(len(self.blocks)) for name in self.ends]
-        for tap in taps:
-            if tap not in valid:
-                raise ValueError(f"no hidden states are called {tap!r}; the model has {', '.join(valid)}")
 
-
-def _pick(stream: Stream) -> Tensor | None:
+def pick_of(stream: Stream) -> Float[Tensor, "b n k"] | None:
+    """Which row of its clip's table each token takes, for `per_token`; none where there is one row."""
     num_levels = stream.levels.shape[1]
     if num_levels == 1:
         return None

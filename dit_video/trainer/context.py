@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dit_video.model.attention import Attention
-from dit_video.model.transformer import VideoTransformer
-from dit_video.shapes import Stream
+from dit_video.model.transformer import Transformer
+from dit_video.shapes import Stream, cells_of
 
 
 def shares(count: int, ranks: int) -> list[int]:
@@ -114,7 +114,7 @@ class Ulysses:
         return torch.cat([part.view(batch, count, own, dim) for part, count in zip(parts, heads, strict=True)], dim=1)
 
 
-def split_tokens(transformer: VideoTransformer, group: ProcessGroup) -> None:
+def split_tokens(transformer: Transformer, group: ProcessGroup) -> None:
     """Makes a transformer compute the tokens of this rank alone, of streams that every rank of the group hands it in whole.
 
     It gives the values of all tokens to every rank, and a loss on them counts once for each rank: divide it by their number. Every stream
@@ -128,8 +128,13 @@ def split_tokens(transformer: VideoTransformer, group: ProcessGroup) -> None:
         block.attend = Ulysses(block.attend, group)
         exchanges.append(block.attend)
 
-    def enter(module: VideoTransformer, arguments: tuple) -> tuple:
+    def enter(module: Transformer, arguments: tuple) -> tuple:
         streams, *rest = arguments
+        # A token's cell is counted among all tokens of its clip, and so before they part.
+        streams = {
+            name: stream if stream.cell is not None else replace(stream, cell=cells_of(stream.place))
+            for name, stream in streams.items()
+        }
         sizes = {name: shares(stream.place.shape[1], ranks) for name, stream in streams.items()}
         order = [name for name in module.ends if name in streams]
         parts = {name: stream.place.split(sizes[name], dim=1) for name, stream in streams.items()}
@@ -139,7 +144,7 @@ def split_tokens(transformer: VideoTransformer, group: ProcessGroup) -> None:
         module.split_sizes = sizes  # type: ignore[assignment]
         return ({name: part_of(stream, sizes[name], rank) for name, stream in streams.items()}, *rest)
 
-    def leave(module: VideoTransformer, arguments: tuple, outputs: tuple[dict[str, Tensor], dict[str, Tensor]]) -> tuple:
+    def leave(module: Transformer, arguments: tuple, outputs: tuple[dict[str, Tensor], dict[str, Tensor]]) -> tuple:
         values, tapped = outputs
         sizes: dict[str, list[int]] = module.split_sizes  # type: ignore[assignment]
         whole = {name: _Gather.apply(value, sizes[name], 1, group) for name, value in values.items()}
@@ -152,5 +157,5 @@ def split_tokens(transformer: VideoTransformer, group: ProcessGroup) -> None:
 def part_of(stream: Stream, sizes: list[int], rank: int) -> Stream:
     """A rank's tokens of a stream; its table of noise levels is the clip's, and stays whole."""
 
-    per_token = {name: getattr(stream, name) for name in ("values", "place", "index", "given", "partial", "control")}
+    per_token = {name: getattr(stream, name) for name in ("values", "place", "index", "given", "partial", "control", "cell")}
     return replace(stream, **{name: x.split(sizes, dim=1)[rank] for name, x in per_token.items() if x is not None})
