@@ -1,4 +1,4 @@
-"""Writes an autoencoder with random weights in a published layout: its pictures are noise, and all that reads, caches and trains can be run."""
+"""Writes an autoencoder with random weights in a published layout: its pictures are noise, and all that caches and trains can be run."""
 
 import importlib
 from pathlib import Path

@@ -32,6 +32,17 @@ class Autoencoder(ABC):
         """What it is called in messages."""
         return f"{type(self).__name__} {self.fingerprint[:8]}"
 
+    @property
+    def can_decode(self) -> bool:
+        """Whether it is here, and not only what is known of it."""
+        return True
+
+    def check(self) -> None:
+        """ValueError where it cannot be used, as far as a glance tells."""
+
+    def check_clip(self, num_frames: int, height: int, width: int) -> None:
+        """ValueError where a clip of pixels has a shape that cannot be encoded; it names the nearest that can."""
+
     @abstractmethod
     def encode(self, video: Float[Tensor, "b T H W 3"]) -> Float[Tensor, "b t h w c"]:
         """Latents of clips in [-1, 1], scaled so that each channel has a spread of about 1, float32."""

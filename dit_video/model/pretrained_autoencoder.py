@@ -226,6 +226,13 @@ class DiffusersAutoencoder(Autoencoder):
     def name(self) -> str:
         return f"{self.files.class_name} {self.fingerprint[:8]}"
 
+    @property
+    def can_decode(self) -> bool:
+        return self.folder is not None
+
+    def check(self) -> None:
+        self.compare(build(self.files))
+
     def encode(self, video: Float[Tensor, "b T H W 3"]) -> Float[Tensor, "b t h w c"]:
         return self.encode_distribution(video)[0]
 
