@@ -173,9 +173,9 @@ def same_noise(device: torch.device) -> Iterator[None]:
 class DiffusersAutoencoder(Autoencoder):
     """A published autoencoder, loaded at its first use: what is said of it here is enough to plan, and to train from latents on disk.
 
-    Measured on random weights in float32, beginnings of clips by themselves beside whole clips, in deviations of the values: Wan and images
-    are causal both ways (1e-6). LTX is in encoding (1e-6), and decodes looking ahead (4). HunyuanVideo is not (1 and more, both ways).
-    CogVideoX is from 9 frames on (0), where the first frame by itself has other latents (0.7).
+    Measured on small random models in float32, beginnings of clips by themselves beside whole clips, in deviations of the values: Wan and
+    images are causal both ways (2e-6). LTX is in encoding (2e-6), and decodes looking ahead (3 to 4). HunyuanVideo is neither (0.4 to 2 in
+    encoding, 2 to 4 in decoding). CogVideoX is from 9 frames on (0), where the first frame by itself has other latents (0.5 to 0.7).
 
     CogVideoX 1.5 I2V divides its picture's latents by the factor (`invert_scale_latents`); here they are multiplied, as all others are.
     """
@@ -352,8 +352,13 @@ def find_files(folder: Path) -> Files:
         names = sorted(set(names))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        pickled = [path.name for ending in ("bin", "ckpt", "pt", "pth") for path in sorted(folder.glob(f"*.{ending}"))]
-        hint = f"; {pickled[0]} is pickled, and such files are never read: save it as safetensors" if pickled else ""
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        pickled = sorted(path.name for ending in ("bin", "ckpt", "pt", "pth") for path in folder.glob(f"*.{ending}"))
+        hint = ""
+        if others:
+            hint = f"; if {others[0]} is what is meant, give it that name"
+        elif pickled:
+            hint = f"; {pickled[0]} is pickled, and such files are never read: save it as safetensors"
         blame(folder, f"lacks {missing[0]}{hint}")
     return Files(folder, config, [folder / name for name in names])
 
@@ -393,11 +398,13 @@ def fill(module: Any, files: Files) -> None:
             with safe_open(path, framework="pt") as file:
                 for old in file.keys():  # noqa: SIM118
                     name = old if old in wanted else renamed(old)
-                    shape = file.get_slice(old).get_shape()
+                    shape, kind = file.get_slice(old).get_shape(), file.get_slice(old).get_dtype()
                     if name not in wanted:
                         blame(path, f"holds {old}, which {files.class_name} of its config.json has not")
                     if shape != wanted[name]:
                         blame(path, f"holds {old} of shape {shape}, and its config.json asks for {wanted[name]}")
+                    if kind not in ("F64", "F32", "F16", "BF16"):
+                        blame(path, f"holds {old} as {kind}: quantised weights are not read")
                     names[old] = name
         except (SafetensorError, OSError) as error:
             blame(path, f"is damaged or cut off: {error}", error)

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,13 @@ def test_nothing_is_touched_before_it_is_needed() -> None:
             use()
 
 
+def test_planning_does_not_import_the_library() -> None:
+    options = said("wan") | {"folder": "/no/such/folder"}
+    code = f"import sys; from dit_video.model.pretrained_autoencoder import DiffusersAutoencoder as A; A(**{options}); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in modules and "diffusers" not in modules
+
+
 def test_copies_share_the_module_and_offload_gives_it_back(models: Callable) -> None:
     ours, video = adapter("wan", models("wan")[1], placement="offload"), clips("wan", 0)
     twin = copy.deepcopy(ours)
@@ -545,7 +554,7 @@ def test_weights_that_overflow_are_not_passed_on(folder: Path) -> None:
 
 
 def test_without_diffusers_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match=r"pip install 'dit-video\[latents\]'"):
         adapter("wan", folder).encode(torch.zeros(1, 1, 16, 16, 3))
 
