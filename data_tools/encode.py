@@ -95,15 +95,8 @@ class _Encoder:
                     states[f"{field}.pooled"] = found.pooled.cpu().contiguous()
             members[TEXT] = to_safetensors(states, {"encoding": notes["encoding"]})
         members[LATENTS] = to_safetensors(self._latents(video), notes)
-        about = {
-            "num_frames": shape.num_frames,
-            "height": shape.height,
-            "width": shape.width,
-            "fps": shape.fps,
-            "start": clip.start,
-        }
-        about |= {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
-        return members | {"json": json.dumps(about | {"source": key}).encode()}
+        captions = {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
+        return members | {"json": json.dumps(vars(shape) | {"start": clip.start, **captions, "source": key}).encode()}
 
     @torch.no_grad()
     def _latents(self, video: np.ndarray) -> dict[str, torch.Tensor]:
@@ -143,7 +136,7 @@ def encode_shards(
         raise ValueError("shards of latents hold no sound; set data.audio_rate=null")
     assert isinstance(source.reader, ClipReader)
     encoding = Encoding(
-        autoencoder.name, tuple(autoencoder.compression), autoencoder.channels, "uint8" if isinstance(autoencoder, Pixels) else dtype,
+        autoencoder.name, autoencoder.compression, autoencoder.channels, "uint8" if isinstance(autoencoder, Pixels) else dtype,
         logvar, None if text is None else text.name,
         f"{source.reader.decoder}, {'from the beginning' if views == 1 else f'{views} views'}, {', '.join(map(str, source.shapes))}",
     )  # fmt: skip
@@ -233,7 +226,7 @@ def _encode_shard(
     file.truncate()
     reader = source.reader
     assert isinstance(reader, ClipReader)
-    pool: DecodePool[Job, ReadClip] = DecodePool(
+    pool: DecodePool[Job | None, ReadClip | None] = DecodePool(
         reader, source.num_workers, max(map(reader.num_bytes, source.shapes)),
         timeout_seconds=source.timeout_seconds, memory_bytes=source.worker_bytes,
     )  # fmt: skip
@@ -246,7 +239,7 @@ def _encode_shard(
                     ledger.write(json.dumps({"key": name, "reason": outcome.reason}) + "\n")
                 yield False
                 continue
-            assert isinstance(outcome, Result)
+            assert isinstance(outcome, Result) and outcome.value is not None
             video, _ = reader.layout(job.shape, outcome.pixels)
             for extension, data in encoder.sample(name, outcome.value, job.shape, video).items():
                 info = tarfile.TarInfo(f"{key}.{extension}")

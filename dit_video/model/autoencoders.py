@@ -39,9 +39,11 @@ class Autoencoder(ABC):
 
     def check(self) -> None:
         """ValueError where it cannot be used, as far as a glance tells."""
+        return
 
     def check_clip(self, num_frames: int, height: int, width: int) -> None:
         """ValueError where a clip of pixels has a shape that cannot be encoded; it names the nearest that can."""
+        return
 
     @abstractmethod
     def encode(self, video: Float[Tensor, "b T H W 3"]) -> Float[Tensor, "b t h w c"]:

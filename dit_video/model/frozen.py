@@ -35,7 +35,9 @@ class Frozen(Generic[Module]):
         if self._module is None:
             with torch.device("cpu"):
                 self._module = self._load().eval().requires_grad_(False)
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            yield self._module.to(device)
-        if self.placement == "offload":
-            self._module.to("cpu")
+        try:
+            with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+                yield self._module.to(device)
+        finally:
+            if self.placement == "offload":
+                self._module.to("cpu")

@@ -231,8 +231,8 @@ def test_an_index_that_is_gone_is_built_anew_with_its_note(encoded: Path, tmp_pa
 
 def latents_words(folder: Path) -> tuple[str, ...]:
     return (
-        "autoencoder=wan", f"autoencoder.folder={folder}", "autoencoder.dtype=float32", "text=minilm", "text.dim=384", "model.patch=[1,2,2]",
-        "objective.tasks.in_between.probability=0", "data.random_start=false", "data.decoder=pyav",
+        "autoencoder=wan", f"autoencoder.folder={folder}", "autoencoder.dtype=float32", "text=minilm", "text.dim=384",
+        "model.patch=[1,2,2]", "objective.tasks.in_between.probability=0", "data.random_start=false", "data.decoder=pyav",
     )  # fmt: skip
 
 
