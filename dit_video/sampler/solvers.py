@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Velocity = Callable[[Float[Tensor, "b n p"], Float[Tensor, "b n"]], Float[Tensor, "b n p"]]
@@ -56,6 +56,65 @@ def multistep(
             x = x + step * (current + ratio / 2 * (current - before))
         before, last_step = current, step
     return x
+
+
+def unipc(
+    velocity: Velocity, x: Float[Tensor, "b n p"], times: Float[Tensor, "s b n"], fresh: Fresh | None = None
+) -> Float[Tensor, "b n p"]:
+    """UniPC (Zhao et al. 2023) of order 2 with B(h) = e^h - 1, for clean clips on the straight path; one evaluation a step.
+
+    Third order away from t = 1 and t = 0, second order with them. A step points at a clean clip, and at where it was a step before, on the axis l = log((1 - t) / t); the next evaluation first corrects
+    the step that led to it. A token's first step and the one that ends at t = 0 are of order 1, and the latter is not corrected.
+    """
+    axis = torch.log1p(-times.double()) - times.double().log()
+    before: _Step | None = None
+    for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        clean = x - now[..., None] * velocity(x, now)
+        if before is not None:
+            x = torch.where((before.moves & (now > 0))[..., None], before.corrected(clean), x)
+        moves = now != then
+        ratio = (then.double() / now.double().where(moves, 1)).to(x.dtype)
+        straight = torch.lerp(clean, x, ratio[..., None])  # Euler's step: the clean clip stays where it is
+        if before is None:
+            before = _Step(straight, 1 - ratio, clean, torch.zeros_like(clean), moves, None, None)
+        else:
+            curved = moves & before.moves & (then > 0)
+            length = (axis[step + 1] - axis[step]).where(curved, 1)
+            back = ((axis[step - 1] - axis[step]) / length).where(
+                curved, -1
+            )  # where the step before began, in lengths of this one
+            slope = ((before.clean - clean) / back[..., None].to(x.dtype)).where(curved[..., None], 0)
+            before = _Step(straight, 1 - ratio, clean, slope, moves, length.where(curved, torch.inf), back)
+        x = torch.where(moves[..., None], straight + (1 - ratio)[..., None] * before.slope / 2, x)
+    return x
+
+
+@dataclass
+class _Step:
+    """A step of UniPC that is not corrected yet."""
+
+    straight: Float[Tensor, "b n p"]  # where it would lead if the clean clip stayed where it is
+    share: Float[Tensor, "b n"]  # of the clean clip in that
+    clean: Float[Tensor, "b n p"]  # as it was seen from the start
+    slope: Float[Tensor, "b n p"]  # its change over the step, as the step before lets expect; 0 where the order is 1
+    moves: Bool[Tensor, "b n"]
+    length: Float[Tensor, "b n"] | None  # on the axis l; infinite where the order is 1
+    back: Float[Tensor, "b n"] | None  # where the step before began, in lengths of this one
+
+    def corrected(self, arrived: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:
+        """Where the step leads by the clean clip that is seen from its end: equation 9 of the paper, solved for two weights."""
+        change = arrived - self.clean
+        if self.length is None or self.back is None:
+            return self.straight + self.share[..., None] * change / 2
+        second = self.length.isfinite()
+        h = -self.length.where(second, 1)
+        once = torch.expm1(h) / h - 1
+        twice = once / h - 0.5
+        first, other = once / torch.expm1(h), 2 * twice / torch.expm1(h)
+        of_slope = ((first - other) / (1 - self.back)).where(second, 0)
+        of_change = (first - of_slope).where(second, 0.5)
+        moved = of_slope[..., None].to(change.dtype) * self.slope + of_change[..., None].to(change.dtype) * change
+        return self.straight + self.share[..., None] * moved
 
 
 @dataclass(frozen=True)

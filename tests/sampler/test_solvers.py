@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from dit_video.objective.path import shifted
-from dit_video.sampler.solvers import Solver, Stochastic, euler, heun, multistep
+from dit_video.sampler.solvers import Solver, Stochastic, euler, heun, multistep, unipc
 
-DETERMINISTIC = [euler, heun, multistep]
+DETERMINISTIC = [euler, heun, multistep, unipc]
 SOLVERS = [*DETERMINISTIC, Stochastic(0.5), Stochastic(1.0)]
 BATCH, TOKENS, VALUES = 2, 5, 3
 
@@ -46,16 +46,17 @@ def fresh(step: int) -> Tensor:
     return torch.randn(BATCH, TOKENS, VALUES, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + step))
 
 
-def exact(x: Tensor) -> Tensor:
-    """x at t = 0, by the classical Runge-Kutta method in very small steps."""
+def exact(x: Tensor, first: float = 1.0, last: float = 0.0) -> Tensor:
+    """x at the last time, by the classical Runge-Kutta method in very small steps."""
     steps = 2000
-    h = torch.full((BATCH, TOKENS, 1), -1 / steps, dtype=torch.float64)
+    size = (last - first) / steps
+    h = torch.full((BATCH, TOKENS, 1), size, dtype=torch.float64)
     for i in range(steps):
-        t = torch.full((BATCH, TOKENS), 1 - i / steps, dtype=torch.float64)
+        t = torch.full((BATCH, TOKENS), first + size * i, dtype=torch.float64)
         k1 = field(x, t)
-        k2 = field(x + h / 2 * k1, t - 0.5 / steps)
-        k3 = field(x + h / 2 * k2, t - 0.5 / steps)
-        k4 = field(x + h * k3, t - 1 / steps)
+        k2 = field(x + h / 2 * k1, t + size / 2)
+        k3 = field(x + h / 2 * k2, t + size / 2)
+        k4 = field(x + h * k3, t + size)
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return x
 
@@ -80,6 +81,36 @@ def test_order_of_convergence(solver: Solver, order: int, kind: str) -> None:
     assert errors[-1].max() < (1e-2 if order == 1 else 1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_of_unipc_from_noise_to_clean(kind: str) -> None:
+    """Its axis is infinite at both ends, where a step of order 1 stays; errors of single tokens cross zero, so the largest counts."""
+    coarse, fine = ((unipc(field, start(), schedule(steps, kind)) - exact(start())).abs().amax() for steps in (80, 1280))
+    assert 1.7 < torch.log2(coarse / fine) / 4 < 2.4
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven", "alternating"])
+def test_order_of_unipc_between(kind: str) -> None:
+    wanted = exact(start(), 0.9, 0.1)
+    coarse, fine = ((unipc(field, start(), 0.1 + 0.8 * schedule(steps, kind)) - wanted).abs().amax() for steps in (320, 640))
+    assert torch.log2(coarse / fine) == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+def test_unipc_is_that_of_diffusers(steps: int, shift: float) -> None:
+    """With the sigmas that its scheduler makes for Wan, whose first is a little less than 1."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    wanted = x = start().float()
+    for number, timestep in enumerate(scheduler.timesteps):
+        time = scheduler.sigmas[number].expand(BATCH, TOKENS)
+        wanted = scheduler.step(field(wanted, time), timestep, wanted).prev_sample
+    found = unipc(field, x, scheduler.sigmas[:, None, None].expand(-1, BATCH, TOKENS))
+    assert (found - wanted).abs().max() < 1e-5
+    assert steps < 3 or (found - euler(field, x, scheduler.sigmas[:, None, None].expand(-1, BATCH, TOKENS))).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_without_steps_come_out_bit_for_bit(solver: Solver, kind: str) -> None:
@@ -94,7 +125,7 @@ def test_tokens_without_steps_come_out_bit_for_bit(solver: Solver, kind: str) ->
     assert torch.equal(alone[~given], beside[~given])
 
 
-@pytest.mark.parametrize(("solver", "calls"), [(euler, 6), (heun, 11), (multistep, 6), (Stochastic(), 6)])
+@pytest.mark.parametrize(("solver", "calls"), [(euler, 6), (heun, 11), (multistep, 6), (unipc, 6), (Stochastic(), 6)])
 def test_evaluations(solver: Solver, calls: int) -> None:
     seen = []
 
