@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save as to_safetensors
 
-from dit_video.build import check_whole, make, make_autoencoder, make_text
+from dit_video.build import check_whole, make, make_autoencoder, make_network, make_text
 from dit_video.data.buckets import ClipShape
 from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding
 from dit_video.data.errors import BadDataError
@@ -33,6 +33,7 @@ from dit_video.data.shards import ShardFile, members_of, sidecar
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.layers import initialise
 from dit_video.model.pretrained_text import PretrainedText
+from dit_video.model.wan import given_then_grey
 from dit_video.shapes import to_float
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,10 @@ def main(config: DictConfig) -> None:
         _start(config.processes)
         return
     text = make_text(config)
+    source = make(config.data, random_start=False, max_bad_fraction=1.0)
     encode_shards(
-        Path(config.out), make(config.data, random_start=False, max_bad_fraction=1.0), make_autoencoder(config),
-        text if isinstance(text, PretrainedText) else None, config.dtype, config.logvar, config.views, config.device,
+        Path(config.out), source, make_autoencoder(config), text if isinstance(text, PretrainedText) else None, config.dtype,
+        config.logvar, config.views, config.device, make_network(config).takes_images,
     )  # fmt: skip
 
 
@@ -103,10 +105,13 @@ class _Encoder:
         if isinstance(self.autoencoder, Pixels):
             return {"mean": torch.from_numpy(video)}
         dtype = getattr(torch, self.encoding.dtype)
-        mean, logvar = self.autoencoder.encode_distribution(to_float(torch.from_numpy(video)[None]).to(self.device))
+        clip = to_float(torch.from_numpy(video)[None]).to(self.device)
+        mean, logvar = self.autoencoder.encode_distribution(clip)
         if self.encoding.logvar and logvar is None:
             raise ValueError(f"{self.autoencoder.name} gives no variance; set logvar=false")
-        found = {"mean": mean, "logvar": logvar} if self.encoding.logvar else {"mean": mean}
+        found = {"mean": mean, "logvar": logvar if self.encoding.logvar else None, "known": None}
+        if self.encoding.known:
+            found["known"] = self.autoencoder.encode(given_then_grey(clip[:, :1], clip.shape[1]))
         return {name: tensor[0].to("cpu", dtype).contiguous() for name, tensor in found.items() if tensor is not None}
 
 
@@ -119,12 +124,14 @@ def encode_shards(
     logvar: bool = False,
     views: int = 1,
     device: str | None = None,
+    known: bool = False,
 ) -> None:
     """Writes, for every shard of a source, one of the same name with the latents and text states of its clips.
 
-    Each clip is made into the shape of its bucket; of a source that lasts longer, `views` clips are taken, evenly spread. Any number of
-    processes, on any machines that share the folder, may be started alike: each takes shards that no other has. One that was cut off
-    goes on after the last whole sample. What cannot be read is listed in skipped.jsonl. ValueError where the folder was made otherwise.
+    Each clip is made into the shape of its bucket; of a source that lasts longer, `views` clips are taken, evenly spread. With `known` the
+    latents of a clip's first frame with grey after it lie beside its own. Any number of processes, on any machines that share the folder,
+    may be started alike: each takes shards that no other has. One that was cut off goes on after the last whole sample. What cannot be
+    read is listed in skipped.jsonl. ValueError where the folder was made otherwise.
     """
     if logvar and isinstance(autoencoder, Pixels):
         raise ValueError("pixels have no variance; set logvar=false, or autoencoder")
@@ -137,7 +144,7 @@ def encode_shards(
     assert isinstance(source.reader, ClipReader)
     encoding = Encoding(
         autoencoder.name, autoencoder.compression, autoencoder.channels, "uint8" if isinstance(autoencoder, Pixels) else dtype,
-        logvar, None if text is None else text.name,
+        logvar, known, None if text is None else text.name,
         f"{source.reader.decoder}, {'from the beginning' if views == 1 else f'{views} views'}, {', '.join(map(str, source.shapes))}",
     )  # fmt: skip
     names = [_name(shard) for shard in source.clips.shards]

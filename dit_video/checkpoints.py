@@ -2,17 +2,22 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from torch import Tensor
 
+from dit_video.build import make_network
 from dit_video.card import model_card
+from dit_video.model import published
+from dit_video.model.wan import WanExperts, WanTransformer
 from dit_video.runs import export_file, saved_in, write_json, write_text
 from dit_video.trainer import checkpoint
 from dit_video.trainer.checkpoint import CheckpointError, Saved
@@ -55,10 +60,13 @@ def verify(run: str) -> None:
         raise CheckpointError(f"{len(bad)} of {len(_listed(run))} checkpoints of {run} are damaged: {', '.join(bad)}")
 
 
-def export(run: str, out: str, step: int | None = None, weights: Sequence[str] = ("ema", "network")) -> None:
+def export(
+    run: str, out: str, step: int | None = None, weights: Sequence[str] = ("ema", "network"), layout: str | None = None
+) -> None:
     """Writes a run's weights, config and model card to a folder that `dit_video.load`, `run=` and `init_from=` take as they take a run's.
 
-    Every set of weights is a variant: model.safetensors holds the trained ones, model.ema.safetensors their average.
+    Every set of weights is a variant: model.safetensors holds the trained ones, model.ema.safetensors their average. With a layout the
+    first of them is written as its transformer was published, by itself: for diffusers, or as the original.
     """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
@@ -66,6 +74,13 @@ def export(run: str, out: str, step: int | None = None, weights: Sequence[str] =
     saved = checkpoint.opened(_chosen(run, step))
     if "config" not in saved.meta:
         raise CheckpointError(f"{saved.path} does not say its config; it is older than that, so train some more clips first")
+    if layout is not None:
+        transformer = make_network(OmegaConf.create(saved.meta["config"])).transformer
+        if not isinstance(transformer, WanTransformer | WanExperts):
+            raise ValueError(f"{run} trained a {type(transformer).__name__}, which has no published layout; set layout=null")
+        published.export(transformer, folder, layout, _OfTransformer(saved, weights[0]))  # type: ignore[arg-type]
+        print(f"{folder}: the transformer's {weights[0]} weights in the layout of {layout}")
+        return
     tensors = {name: saved.tensors(name) for name in weights}
     sizes = {name: sum(value.numel() for value in values.values()) for name, values in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +91,23 @@ def export(run: str, out: str, step: int | None = None, weights: Sequence[str] =
     told = ("steps", "clips", "ema_decays", "code", "data", "torch", "metrics")
     about: dict[str, Any] = {name: saved.meta[name] for name in told if name in saved.meta}
     write_json(folder / "config.json", {"run": Path(run).name, **about, "config": saved.meta["config"]})
+
+
+class _OfTransformer(Mapping[str, Tensor]):
+    """A transformer's weights by their names in it, read when they are asked for."""
+
+    def __init__(self, saved: Saved, group: str) -> None:
+        self.saved, self.group = saved, group
+        self.names = [name for name in saved.shapes(group) if name.startswith("transformer.")]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.saved.read(self.group, f"transformer.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix("transformer.") for name in self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def diff(a: str, b: str) -> None:

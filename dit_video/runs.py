@@ -37,9 +37,10 @@ from dit_video.compose import check_targets, compose, take_apart
 from dit_video.data.video_file import write_mp4
 from dit_video.eval.judge import Clip, Evaluation, evaluate, gallery
 from dit_video.eval.report import write_report
+from dit_video.model import published
 from dit_video.sampler.generate import Request, Sampler, Trained, generate
 from dit_video.trainer import checkpoint
-from dit_video.trainer.checkpoint import CheckpointError, Saved
+from dit_video.trainer.checkpoint import CheckpointError, Readable, Saved
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,11 @@ def saved_in(folder: Path, key: str = "run") -> Saved:
     if path is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet; train it first, or set {key} to another folder")
     return checkpoint.opened(path, checked=True)
+
+
+def start_in(folder: Path) -> Readable:
+    """Weights to start from, open for reading: a run's averages, an export's, or published ones; errors as `saved_in`."""
+    return published.opened(folder) if published.is_published(folder) else saved_in(folder, "init_from")
 
 
 def _exported(folder: Path) -> dict[str, Any]:

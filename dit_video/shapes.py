@@ -209,6 +209,10 @@ class Batch:
     audio_rate: int = 0  # samples a second
     has_audio: Bool[Tensor, " b"] | None = None  # of those without any, audio is silence
     latents: Float[Tensor, "b t h w c"] | None = None  # what the autoencoder makes of the video, where there is one
+    known: Float[Tensor, "b t h w c"] | None = (
+        None  # latents of the first frame with grey after it, for models that take images so
+    )
+    control: Float[Tensor, "b n c"] | None = None  # what is told per token beside its values; then all tokens are made
     logvar: Float[Tensor, "b t h w c"] | None = None  # of latents that are to be drawn: logarithm of the variance around them
     encoded: list[Encoded | None] | None = None  # the captions, where they come as states; none of a filler
 
@@ -234,7 +238,8 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device."""
         moved: dict[str, Any] = {
-            name: getattr(self, name) for name in ("video", "weights", "audio", "has_audio", "latents", "logvar")
+            name: getattr(self, name)
+            for name in ("video", "weights", "audio", "has_audio", "latents", "logvar", "known", "control")
         }
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items() if tensor is not None}
         encoded = None if self.encoded is None else [caption and caption.to(device) for caption in self.encoded]
@@ -246,7 +251,7 @@ class Batch:
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             cut = slice(start, end)
             tensors: dict[str, Any] = {
-                name: getattr(self, name) for name in ("audio", "has_audio", "latents", "logvar", "encoded")
+                name: getattr(self, name) for name in ("audio", "has_audio", "latents", "logvar", "known", "control", "encoded")
             }
             yield Batch(
                 None if self.video is None else self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut],

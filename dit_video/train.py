@@ -29,7 +29,7 @@ from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.pretrained_text import PretrainedText
 from dit_video.model.text import split_words
 from dit_video.objective.tasks import check_given
-from dit_video.runs import Lock, read_yaml, saved_in, write_json, write_text
+from dit_video.runs import Lock, read_yaml, start_in, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch
 from dit_video.trainer import checkpoint, heart
@@ -312,9 +312,9 @@ def make_module(config: DictConfig, saved: Saved | None, hardware: Hardware) -> 
 
 
 def find_start(network: torch.nn.Module, run: Path) -> Begin:
-    """How a network starts from another run's averaged weights; says of every key whether it is kept, new or dropped."""
-    by_first_rank(lambda: saved_in(run, "init_from") is None)  # what is wrong with it is told once
-    saved = saved_in(run)
+    """How a network starts from another run's averaged weights, or published ones; says of every key whether it is kept, new or dropped."""
+    by_first_rank(lambda: start_in(run).close())  # what is wrong with it is told once
+    saved = start_in(run)
     found = checkpoint.fitting(network, saved, "ema")
     if not found["kept"]:
         raise checkpoint.CheckpointError(

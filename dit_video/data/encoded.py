@@ -1,8 +1,8 @@
 """Clips that are stored as latents, with captions that are stored as states, read as any other clip.
 
-A sample holds key.latents.safetensors (mean, and logvar where it was kept: `t h w c`), key.text.safetensors (for each caption field,
-such as txt, txt.states `l d` and, where there is one, txt.pooled), the captions themselves, and key.json with the clip's shape. Worker
-processes read them without torch.
+A sample holds key.latents.safetensors (mean, and logvar and known where they were kept, all `t h w c`), key.text.safetensors (for each
+caption field, such as txt, txt.states `l d` and, where there is one, txt.pooled), the captions themselves, and key.json with the clip's
+shape. Worker processes read them without torch.
 """
 
 import zlib
@@ -67,7 +67,7 @@ class EncodedReader:
 
     def _latents(self, data: bytes, shape: ClipShape, out: UInt8[np.ndarray, " bytes"]) -> None:
         tensors, size, end = self._tensors(data, "latents"), self.encoding.size(shape), 0
-        for name in ("mean", "logvar") if self.encoding.logvar else ("mean",):
+        for name in self.encoding.parts:
             found = tensors.get(name)
             if found is None or tuple(found["shape"]) != size[1:] or _DTYPES.get(found["dtype"]) != self.encoding.dtype:
                 told = "none" if found is None else f"{found['dtype']} of {tuple(found['shape'])}"

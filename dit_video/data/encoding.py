@@ -20,6 +20,7 @@ class Encoding:
     channels: int
     dtype: str  # of the latents: uint8 (of pixels), float16, bfloat16 or float32
     logvar: bool  # whether the logarithm of the variance lies beside the mean
+    known: bool  # whether the latents of the first frame with grey after it do
     text: str | None  # encoder and fingerprint of the captions' states; none: there are none
     clips: str  # how clips were cut from their sources, in words
 
@@ -39,10 +40,15 @@ class Encoding:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"the note of what made these latents cannot be read ({error})") from error
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is stored of a clip's latents, in order."""
+        return ("mean", *(["logvar"] if self.logvar else []), *(["known"] if self.known else []))
+
     def size(self, shape: ClipShape) -> tuple[int, int, int, int, int]:
-        """What is stored of a clip: mean alone or with logvar, frames, rows and columns of latents, channels."""
+        """What is stored of a clip: how many of `parts`, frames, rows and columns of latents, channels."""
         t, h, w = self.compression
-        return 1 + self.logvar, 1 + (shape.num_frames - 1) // t, shape.height // h, shape.width // w, self.channels
+        return len(self.parts), 1 + (shape.num_frames - 1) // t, shape.height // h, shape.width // w, self.channels
 
 
 def header_of(data: bytes) -> dict[str, str]:

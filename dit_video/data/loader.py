@@ -407,8 +407,9 @@ class ClipLoader:
             batch = replace(batch, audio=audio, audio_rate=self.audio.rate, has_audio=has_audio)
         if video.dtype == torch.uint8:  # whether it was stored as a video or as its frames
             return replace(batch, video=video.reshape(count, *video.shape[-4:]))
-        latents = video.float()
-        return replace(batch, latents=latents[:, 0], logvar=latents[:, 1] if latents.shape[1] > 1 else None)
+        assert self.encoding is not None
+        stored = dict(zip(self.encoding.parts, video.float().unbind(1), strict=True))
+        return replace(batch, latents=stored["mean"], logvar=stored.get("logvar"), known=stored.get("known"))
 
     def _blank(self, count: int, shape: ClipShape) -> torch.Tensor:
         """Zeros for so many clips, as they are stored."""

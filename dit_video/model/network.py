@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.text import TextEncoder
 from dit_video.model.transformer import Transformer
+from dit_video.model.wan import given_then_grey, image_control
 from dit_video.shapes import Batch, Caption, Grid, Stream, Tokens, grid_of, to_float
 
 
@@ -31,13 +32,26 @@ class Network(nn.Module):
         assert batch.video is not None
         return grid_of(batch.video, self.tokens.span)
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether first frames are told by channels beside the latents, as published image-to-video models take them."""
+        return bool(getattr(self.transformer, "control_channels", 0))
+
     def as_latents(self, batch: Batch) -> Batch:
-        """The batch with latents of its clips, unless it came with them, or pixels are what is made."""
-        if batch.latents is not None or isinstance(self.autoencoder, Pixels):
+        """The batch with latents of its clips, and what is told of their first frames, unless it came with them or pixels are made."""
+        if batch.latents is None and not isinstance(self.autoencoder, Pixels):
+            assert batch.video is not None
+            video = to_float(batch.video)
+            mean, logvar = self.autoencoder.encode_distribution(video)
+            known = self.autoencoder.encode(given_then_grey(video[:, :1], video.shape[1])) if self.takes_images else None
+            batch = replace(batch, latents=mean, logvar=logvar, known=known)
+        if not self.takes_images:
             return batch
-        assert batch.video is not None
-        mean, logvar = self.autoencoder.encode_distribution(to_float(batch.video))
-        return replace(batch, latents=mean, logvar=logvar)
+        if batch.known is None:
+            raise ValueError(
+                "the model takes first frames by channels, and these latents come without: encode them with this model"
+            )
+        return replace(batch, control=image_control(batch.known, 1, self.tokens.patch, self.tokens.compression.t))
 
     def forward(
         self, streams: dict[str, Stream], captions: Sequence[Caption], taps: tuple[str, ...] = ()

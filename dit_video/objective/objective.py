@@ -105,8 +105,11 @@ class Objective(nn.Module):
         for row, slot in enumerate(batch.slots.tolist()):
             generator = seeded(self.seed, slot)
             task = draw_task(self.tasks, generator)
-            given.append(given_tokens(self.tasks[task].draw(grid.t, generator), grid))
-            tasks.append(task if given[-1].any() else "text_to_video")  # what a clip of one frame always is
+            drawn = self.tasks[task].draw(grid.t, generator)
+            given.append(
+                given_tokens(drawn if batch.control is None else [], grid)
+            )  # an image told by channels is made all the same
+            tasks.append(task if drawn else "text_to_video")  # what a clip of one frame always is
             shift = shift_for(int((~given[-1]).sum()), self.base_tokens)
             times.append(shifted(torch.tensor(self.levels.draw(generator)), shift))
             dropped = torch.rand((), generator=generator).item() < self.caption_dropout
@@ -116,6 +119,7 @@ class Objective(nn.Module):
         made_time = torch.stack(times).to(device) if time is None else torch.full((len(tasks),), time, device=device)
 
         stream = video_stream(clean, torch.stack(given).to(device), grid, tokens, batch.fps)
+        stream.control = batch.control
         stream.levels = torch.stack([torch.full_like(made_time, self.given_noise), made_time], dim=1)
         stream.values = mix(clean, noise, stream.level_per_token())
         return Corrupted(stream, captions, grid, clean, noise, made_time, real, tasks)

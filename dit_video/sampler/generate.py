@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_video.model.network import Network
+from dit_video.model.wan import given_then_grey, image_control
 from dit_video.objective.objective import video_stream
 from dit_video.objective.path import Prediction, mix, shift_for, shifted, velocity_of
 from dit_video.objective.tasks import Task, check_prefix, given_tokens
@@ -102,7 +103,10 @@ def check_request(request: Request, trained: Trained) -> None:
     if not request.fps > 0:
         raise ValueError(f"fps must be positive, got {request.fps}; set fps")
     grid, pt = _grid(request, trained.tokens), trained.tokens.span.t
+    trained.network.autoencoder.check_clip(valid_frames(request.num_frames, pt), request.height, request.width)
     given = request.given
+    if given is None and trained.network.takes_images:
+        raise ValueError("this model makes a clip from its first frame; give it, with image=")
     if given is not None and given.ndim != 4:
         raise ValueError(f"given frames are an array of frames, height, width and 3, got shape {given.shape}; give them so")
     places = trained.tasks[request.task].places(0 if given is None else len(given), grid.t, pt)
@@ -144,6 +148,7 @@ def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> li
     noise = torch.stack([noise_of(request.seed, grid, patch, channels) for request in requests]).to(device)
     x, given = _place_given(trained, requests, noise, grid)
     stream = video_stream(noise, given, grid, tokens, first.fps)
+    stream.control = _control(trained, requests)
     if not given.any():  # one noise level for the whole clip, which the model broadcasts
         stream.levels, stream.index = stream.levels[:, :1], torch.zeros_like(stream.index)
 
@@ -178,14 +183,29 @@ def _grid(request: Request, tokens: Tokens) -> Grid:
 def _place_given(trained: Trained, requests: list[Request], noise: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Puts the given frames' tokens among the noise; returns them with the mask of what is given."""
     first, tokens = requests[0], trained.tokens
-    if first.given is None:
+    if first.given is None or trained.network.takes_images:
         return noise, torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device)
     places = trained.tasks[first.task].places(len(first.given), grid.t, tokens.span.t)
-    frames = torch.from_numpy(np.stack([request.given for request in requests if request.given is not None])).to(noise.device)
+    frames = _given_frames(requests, noise.device)
     mask = given_tokens(places, grid).to(noise.device)
     x = noise.clone()
-    x[:, mask] = patchify(trained.network.autoencoder.encode(to_float(frames)), tokens.patch)
+    x[:, mask] = patchify(trained.network.autoencoder.encode(frames), tokens.patch)
     return x, mask.expand(len(requests), -1)
+
+
+def _given_frames(requests: list[Request], device: torch.device) -> Float[Tensor, "b g H W 3"]:
+    return to_float(torch.from_numpy(np.stack([request.given for request in requests if request.given is not None])).to(device))
+
+
+def _control(trained: Trained, requests: list[Request]) -> Float[Tensor, "b n c"] | None:
+    """What is told of the given frames by channels, where the model takes them so."""
+    network, given = trained.network, requests[0].given
+    if not network.takes_images:
+        return None
+    assert given is not None  # see check_request
+    frames = _given_frames(requests, next(network.parameters()).device)
+    clip = given_then_grey(frames, valid_frames(requests[0].num_frames, trained.tokens.span.t))
+    return image_control(network.autoencoder.encode(clip), len(given), trained.tokens.patch, trained.tokens.compression.t)
 
 
 def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid) -> Velocity:
@@ -203,7 +223,7 @@ def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid
             level = time.where(~stream.given, trained.given_noise)
             seen = torch.where(stream.given[..., None], mix(x, stream.values, level), x)
         levels = torch.zeros_like(stream.levels).scatter(1, stream.index, level)  # tokens of one index share one level
-        asked = Stream(seen, stream.place, levels, stream.index, stream.given, stream.partial)
+        asked = Stream(seen, stream.place, levels, stream.index, stream.given, stream.partial, stream.control)
         outputs, _ = trained.network.transformer({"video": asked}, context)
         return velocity_of(outputs["video"], x, time, trained.predict, min_time=1e-4) * moves
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +46,19 @@ def reached(point: str) -> None:
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+class Readable(Protocol):
+    """Weights that are open for reading, tensor by tensor and row by row: a checkpoint, an export, or published ones."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def shapes(self, group: str) -> dict[str, tuple[int, ...]]: ...
+
+    def read(self, group: str, name: str, rows: slice | None = None) -> Tensor: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -422,7 +435,7 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
-def check_fits(module: nn.Module, saved: Saved, group: str) -> None:
+def check_fits(module: nn.Module, saved: Readable, group: str) -> None:
     """CheckpointError that names the first tensors in which a group and a module's weights differ."""
     wanted = {name: tuple(value.shape) for name, value in trained(module).items()}
     given = saved.shapes(group)
@@ -436,21 +449,21 @@ def check_fits(module: nn.Module, saved: Saved, group: str) -> None:
         )
 
 
-def load_weights(module: nn.Module, saved: Saved, group: str) -> None:
+def load_weights(module: nn.Module, saved: Readable, group: str) -> None:
     """Puts a group into a module, each rank its own rows; CheckpointError, before anything is changed, where it does not fit."""
     check_fits(module, saved, group)
     for name, value in trained(module).items():
         _put(local(value), saved, group, name, value)
 
 
-def fitting(module: nn.Module, saved: Saved, group: str) -> dict[str, list[str]]:
+def fitting(module: nn.Module, saved: Readable, group: str) -> dict[str, list[str]]:
     """The names of tensors of a group that a module has in the same shape (kept), of its own others (new) and of those left (dropped)."""
     own, given = module.state_dict(), saved.shapes(group)
     kept = {name for name, shape in given.items() if name in own and tuple(own[name].shape) == shape}
     return {"kept": sorted(kept), "new": sorted(set(own) - kept), "dropped": sorted(set(given) - kept)}
 
 
-def warm_start(module: nn.Module, saved: Saved, group: str) -> None:
+def warm_start(module: nn.Module, saved: Readable, group: str) -> None:
     """Takes over every tensor of the same name and shape."""
     own = module.state_dict()
     for name in fitting(module, saved, group)["kept"]:
@@ -466,7 +479,7 @@ def load_averages(averages: Mapping[str, Tensor], network: nn.Module, saved: Sav
 
 
 @torch.no_grad()
-def _put(own: Tensor, saved: Saved, group: str, name: str, like: Tensor) -> None:
+def _put(own: Tensor, saved: Readable, group: str, name: str, like: Tensor) -> None:
     own.copy_(saved.read(group, name, rows_of(like) if isinstance(like, DTensor) else None))
 
 
