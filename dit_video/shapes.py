@@ -171,7 +171,7 @@ class Context:
 
     states: Float[Tensor, "b l d"]
     lengths: Int[Tensor, " b"]  # states from here on are padding and are never looked at
-    pooled: Float[Tensor, "b d"] | None = None
+    pooled: Float[Tensor, "b p"] | None = None
     image: Float[Tensor, "b i e"] | None = None  # states of an image encoder that saw the first frame, for models that take them
 
 
@@ -181,11 +181,13 @@ class Encoded:
 
     states: Float[Tensor, "l d"]
     pooled: Float[Tensor, " p"] | None = None
+    others: "tuple[Encoded, ...]" = ()  # of further encoders, in their order, where several read every caption
 
     def to(self, device: torch.device | str) -> "Encoded":
         """The same on a device."""
         pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
-        return Encoded(self.states.to(device, non_blocking=True), pooled)
+        others = tuple(other.to(device) for other in self.others)
+        return Encoded(self.states.to(device, non_blocking=True), pooled, others)
 
 
 Caption = str | Encoded | None

@@ -13,6 +13,12 @@ PARAMETERS = {
 }  # fmt: skip
 
 
+STATED = {  # what a choice leaves for the user to say
+    ("text", "transformers"): ["text.folder=none", "text.dim=64"],
+    ("text", "several"): ["text.encoders.t5.folder=none", "text.encoders.clip.folder=none"],
+} | {("text", name): ["text.folder=none"] for name in ("t5", "umt5", "clip")}
+
+
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
 
@@ -72,8 +78,10 @@ def test_flash_is_built_where_it_can_be() -> None:
 
 @pytest.mark.parametrize("name", options("text"))
 def test_text_encoder_builds(name: str) -> None:
-    config = compose("info", take_apart([f"text={name}"]))
-    assert make_network(config).text.dim == config.text.dim == config.model.context_dim
+    config = compose("info", take_apart([f"text={name}", *STATED.get(("text", name), [])]))
+    network = make_network(config)
+    assert network.text.dim == config.text.dim == config.model.context_dim
+    assert network.text.pooled_dim == config.text.get("pooled_dim", config.text.dim) == config.model.pooled_dim
 
 
 def test_a_second_stream_from_the_command_line() -> None:
@@ -104,7 +112,8 @@ def test_every_choice_composes_and_builds(group: str, option: str) -> None:
 
     if (group, option) == ("model/attention", "flash"):
         return  # see test_flash_is_built_where_it_can_be
-    config = compose("plan" if group == "device" else "train", take_apart([f"{group}={option}", "data.shards=unused.tar"]))
+    stated = ["data.shards=unused.tar", *STATED.get((group, option), [])]
+    config = compose("plan" if group == "device" else "train", take_apart([f"{group}={option}", *stated]))
     check_targets(config)
     assert all(parameter.is_meta for parameter in make_network(config).parameters())
     assert make(config.autoencoder).compression.t >= 1

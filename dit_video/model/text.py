@@ -24,24 +24,30 @@ NOTHING = "."
 class TextEncoder(nn.Module):
     """The seam for text encoders, learned or frozen: captions in, states `b l dim`, lengths and a pooled vector `b pooled_dim` out.
 
-    The caption None (dropped in training, or no negative prompt in sampling) and the empty caption become one learned null state.
+    The caption None (dropped in training, or no negative prompt in sampling) and the empty caption become one learned null state;
+    an encoder without one answers them in a forward of its own.
     """
 
-    def __init__(self, dim: int, pooled_dim: int | None = None) -> None:
+    def __init__(self, dim: int, pooled_dim: int | None = None, learned_null: bool = True) -> None:
         super().__init__()
         self.dim, self.pooled_dim = dim, dim if pooled_dim is None else pooled_dim
-        self.null_state = learned(dim, std=1.0)
-        if self.pooled_dim:
+        if learned_null:
+            self.null_state = learned(dim, std=1.0)
+        if learned_null and self.pooled_dim:
             self.null_pooled = learned(self.pooled_dim, std=1.0)
 
     def encode(self, captions: list[str | Encoded]) -> Context:
         """States of captions that are not empty."""
         raise NotImplementedError
 
+    def unused(self) -> str | Encoded:
+        """What is encoded, and not used, where no caption is told."""
+        return NOTHING
+
     def forward(self, captions: Sequence[Caption]) -> Context:
         told = [caption for caption in captions if says(caption)]
         device, batch = self.null_state.device, len(captions)
-        context = self.encode(told or [NOTHING])
+        context = self.encode(told or [self.unused()])
         states = F.pad(self.null_state[None], (0, 0, 0, context.states.shape[1] - 1)).expand(batch, -1, -1)
         lengths = torch.ones(batch, dtype=torch.long, device=device)
         pooled = self.null_pooled.expand(batch, -1) if self.pooled_dim else None

