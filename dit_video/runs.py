@@ -237,8 +237,11 @@ def check_folder(folder: Path) -> None:
 def describe(sampler: Sampler) -> str:
     """The sampler in words, for a protocol."""
     solver = getattr(sampler.solver, "func", sampler.solver)
+    schedule = getattr(sampler.schedule, "func", sampler.schedule)
+    below = "" if sampler.low_guidance is None else f" and {sampler.low_guidance:g} below {sampler.boundary:g}"
     return (
-        f"{getattr(solver, '__name__', repr(solver))} solver, {sampler.steps} steps, guidance {sampler.guidance:g} in time "
+        f"{getattr(solver, '__name__', repr(solver))} solver, {sampler.steps} {getattr(schedule, '__name__', repr(schedule))} steps, "
+        f"guidance {sampler.guidance:g}{below} in time "
         f"{sampler.interval[0]:g} to {sampler.interval[1]:g}, rescale {sampler.rescale:g}, times shifted "
         f"{'as in training' if sampler.shift is None else f'by {sampler.shift:g}'}, {sampler.precision}, averaged weights"
     )

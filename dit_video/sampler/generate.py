@@ -14,10 +14,11 @@ from torch import Tensor
 from dit_video.model.network import Network
 from dit_video.model.wan import given_then_grey, image_control
 from dit_video.objective.objective import video_stream
-from dit_video.objective.path import Prediction, mix, shift_for, shifted, velocity_of
+from dit_video.objective.path import Prediction, mix, shift_for, velocity_of
 from dit_video.objective.tasks import Task, check_prefix, given_tokens
-from dit_video.sampler.guidance import guided
+from dit_video.sampler.guidance import by_time, guided
 from dit_video.sampler.solvers import Solver, Velocity, multistep
+from dit_video.sampler.times import Schedule, Times, even
 from dit_video.seeding import seeded
 from dit_video.shapes import Grid, Patch, Stream, Tokens, patchify, real_slots, to_float, to_uint8, unpatchify, valid_frames
 
@@ -49,10 +50,13 @@ class Sampler:
 
     steps: int = 12
     guidance: float = 2.0  # 1: none
+    low_guidance: float | None = None  # at times below `boundary`; none: guidance is the same at all times
+    boundary: float = 0.0  # of the two, such as that between two experts
     interval: Sequence[float] = (0.0, 1.0)  # of time, in which guidance acts
     rescale: float = 0.0  # of guided velocities, see guidance.py
     shift: float | None = None  # of the times toward noise; none: as in training
     solver: Solver = multistep
+    schedule: Schedule = even  # the times of the steps, and what the network is told of them
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network; in bfloat16 a clip's last bits depend on its batch
     batch_size: int = 64
 
@@ -63,7 +67,7 @@ class Sampler:
                 raise ValueError(
                     f"{name} must be a whole number of at least {least}, got {value!r}; set {name} (in training sampler.{name})"
                 )
-        for name in ("guidance", "rescale", "shift"):
+        for name in ("guidance", "low_guidance", "boundary", "rescale", "shift"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
                 raise ValueError(f"{name} must be a number, got {value!r}; set {name} (in training sampler.{name})")
@@ -153,12 +157,12 @@ def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> li
         stream.levels, stream.index = stream.levels[:, :1], torch.zeros_like(stream.index)
 
     shift = shift_for(int((~given[0]).sum()), trained.base_tokens) if sampler.shift is None else sampler.shift
-    schedule = shifted(torch.linspace(1, 0, sampler.steps + 1, device=device), shift)
-    times = torch.where(given, 0.0, schedule[:, None, None])  # s b n
+    schedule = sampler.schedule(sampler.steps, shift)
+    times = torch.where(given, 0.0, schedule.times.to(device)[:, None, None])  # s b n
 
-    told = _velocity(trained, stream, [request.prompt for request in requests], grid)
-    untold = _velocity(trained, stream, [request.negative_prompt or None for request in requests], grid)
-    velocity = guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale)
+    told = _velocity(trained, stream, [request.prompt for request in requests], grid, schedule)
+    untold = _velocity(trained, stream, [request.negative_prompt or None for request in requests], grid, schedule)
+    velocity = _guided(told, untold, sampler)
 
     def fresh(step: int) -> Tensor:
         return torch.stack([noise_of(request.seed, grid, patch, channels, step) for request in requests]).to(device)
@@ -208,7 +212,14 @@ def _control(trained: Trained, requests: list[Request]) -> Float[Tensor, "b n c"
     return image_control(network.autoencoder.encode(clip), len(given), trained.tokens.patch, trained.tokens.compression.t)
 
 
-def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid) -> Velocity:
+def _guided(told: Velocity, untold: Velocity, sampler: Sampler) -> Velocity:
+    velocity = guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale)
+    if sampler.low_guidance is None:
+        return velocity
+    return by_time(velocity, guided(told, untold, sampler.low_guidance, sampler.interval, sampler.rescale), sampler.boundary)
+
+
+def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid, schedule: Times) -> Velocity:
     """The network as a velocity of tokens at their times, for these captions."""
     patch = trained.tokens.patch
     real = repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // patch.t)
@@ -216,11 +227,11 @@ def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid
     context = trained.network.text(captions)  # the same at every step
 
     def velocity(x: Float[Tensor, "b n p"], time: Float[Tensor, "b n"]) -> Float[Tensor, "b n p"]:
+        seen, level = x, schedule.told_at(time)
         if trained.predict == "noise":  # at t = 1 the noise is all there is to see, and says nothing of the clean clip
-            time = time.clamp(max=0.95)
-        seen, level = x, time
+            time, level = time.clamp(max=0.95), level.clamp(max=0.95)
         if trained.given_noise and stream.given.any():  # given tokens are shown as they were in training, and kept as they are
-            level = time.where(~stream.given, trained.given_noise)
+            level = level.where(~stream.given, trained.given_noise)
             seen = torch.where(stream.given[..., None], mix(x, stream.values, level), x)
         levels = torch.zeros_like(stream.levels).scatter(1, stream.index, level)  # tokens of one index share one level
         asked = Stream(seen, stream.place, levels, stream.index, stream.given, stream.partial, stream.control)

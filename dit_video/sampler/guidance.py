@@ -33,3 +33,8 @@ def guided(
         return out
 
     return velocity
+
+
+def by_time(early: Velocity, late: Velocity, boundary: float) -> Velocity:
+    """One velocity from noise down to a time, with it, and another below, such as guidance of two scales for two experts."""
+    return lambda x, time: (early if float(time.max()) >= boundary else late)(x, time)

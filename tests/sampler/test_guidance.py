@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_video.sampler.guidance import guided
+from dit_video.sampler.guidance import by_time, guided
 
 X, TIME = torch.randn(3, 4, 5), torch.full((3, 4), 0.6)
 
@@ -56,3 +56,13 @@ def test_rescale_brings_back_the_spread_of_each_clip() -> None:
     assert torch.allclose(ratio, ratio[:, :1, :1].expand_as(ratio), rtol=1e-4)
     half = guided(told, untold, 6.0, rescale=0.5)(X, TIME)
     assert torch.allclose(half, (full + wild) / 2, atol=1e-5)
+
+
+def test_two_scales_meet_at_a_time() -> None:
+    """As in a pipeline of two experts: the first has its boundary."""
+    both = by_time(guided(told, untold, 4.0), guided(told, untold, 3.0), 0.6)
+    for level, scale in ((0.9, 4.0), (0.6, 4.0), (0.59, 3.0), (0.0, 3.0)):
+        time = torch.full_like(TIME, level)
+        assert torch.equal(both(X, time), guided(told, untold, scale)(X, time))
+    some = torch.where(torch.arange(4) < 2, 0.0, 0.9).expand(3, -1)  # given tokens are at 0
+    assert torch.equal(both(X, some), guided(told, untold, 4.0)(X, some))
