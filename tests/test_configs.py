@@ -17,6 +17,10 @@ STATED = {  # what a choice leaves for the user to say
     ("text", "transformers"): ["text.folder=none", "text.dim=64"],
     ("text", "several"): ["text.encoders.t5.folder=none", "text.encoders.clip.folder=none"],
 } | {("text", name): ["text.folder=none"] for name in ("t5", "umt5", "clip")}
+WAN = {
+    "wan2.1_t2v_1.3b": 1.42e9, "wan2.1_t2v_14b": 14.3e9, "wan2.1_i2v_14b": 16.4e9, "wan2.2_ti2v_5b": 5.0e9, "wan2.2_t2v_a14b": 28.6e9,
+    "wan2.2_i2v_a14b": 28.6e9,
+}  # fmt: skip
 
 
 def options(group: str) -> list[str]:
@@ -24,7 +28,7 @@ def options(group: str) -> list[str]:
 
 
 def test_every_size_is_there() -> None:
-    assert sorted(PARAMETERS) == options("model")
+    assert sorted([*PARAMETERS, *WAN]) == options("model")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -43,6 +47,14 @@ def test_model_builds_and_runs_on_meta_and_is_as_large_as_its_name(name: str) ->
     stream = Stream(values, place, torch.zeros(1, 2, device="meta"), marks.long(), marks, marks)
     outputs, _ = network({"video": stream}, ["a red circle"])
     assert outputs["video"].shape == values.shape
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_wan_builds_and_runs_on_meta_and_is_as_large_as_published(name: str) -> None:
+    network = make_network(compose("info", take_apart([f"model={name}", "text.dim=4096"])))
+    transformer = network.transformer
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == pytest.approx(WAN[name], rel=0.01)
+    assert transformer.head_dim == 128 and [len(transformer.blocks), transformer.blocks[0].heads] in ([30, 12], [40, 40], [30, 24], [80, 40])
 
 
 def test_tiny_names_every_key_and_the_others_the_same() -> None:
@@ -99,7 +111,7 @@ CHOICES = [
     (group, option)
     for group in (
         "data", "text", "autoencoder", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver",
-        "optimisers", "eval", "logger", "trainer", "experiment", "debug", "device",
+        "sampler/schedule", "optimisers", "eval", "logger", "trainer", "experiment", "debug", "device",
     )
     for option in options(group)
 ]  # fmt: skip

@@ -63,8 +63,9 @@ def unipc(
 ) -> Float[Tensor, "b n p"]:
     """UniPC (Zhao et al. 2023) of order 2 with B(h) = e^h - 1, for clean clips on the straight path; one evaluation a step.
 
-    Third order away from t = 1 and t = 0, second order with them. A step points at a clean clip, and at where it was a step before, on the axis l = log((1 - t) / t); the next evaluation first corrects
-    the step that led to it. A token's first step and the one that ends at t = 0 are of order 1, and the latter is not corrected.
+    Third order away from t = 1 and t = 0, second order with them. A step points at a clean clip, and at where it was a step before, on the
+    axis l = log((1 - t) / t); the next evaluation first corrects the step that led to it. A token's first step and the one that ends at
+    t = 0 are of order 1, and the latter is not corrected.
     """
     axis = torch.log1p(-times.double()) - times.double().log()
     before: _Step | None = None

@@ -27,7 +27,9 @@ def test_times_of_the_unipc_scheduler(steps: int, shift: float) -> None:
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     scheduler.set_timesteps(steps)
     found = flow_unipc(steps, shift)
-    assert torch.equal(found.times, scheduler.sigmas) and torch.equal((found.told[:-1] * 1000).round().long(), scheduler.timesteps)
+    assert torch.equal(found.times, scheduler.sigmas) and torch.equal(
+        (found.told[:-1] * 1000).round().long(), scheduler.timesteps
+    )
 
 
 def test_even_times_are_told_as_they_are() -> None:
