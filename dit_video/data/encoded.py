@@ -6,8 +6,9 @@ shape. Worker processes read them without torch.
 """
 
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,23 @@ class EncodedReader:
         tensors = self._tensors(data, "states")
         states = {}
         for field in captions:
-            found, pooled = tensors.get(f"{field}.states"), tensors.get(f"{field}.pooled")
-            if found is None or len(found["shape"]) != 2 or _DTYPES.get(found["dtype"]) is None:
-                raise ValueError(f"it has no states of its caption {field}")
-            states[field] = RawStates(
-                _DTYPES[found["dtype"]], tuple(found["shape"]), bytes(found["data"]),
-                None if pooled is None else bytes(pooled["data"]),
-            )  # fmt: skip
+            first, *others = (self._raw(tensors, name) for name in (field, *_more(tensors, field)))
+            states[field] = replace(first, others=tuple(others))
         return states
+
+    def _raw(self, tensors: Mapping[str, Any], name: str) -> RawStates:
+        found, pooled = tensors.get(f"{name}.states"), tensors.get(f"{name}.pooled")
+        if found is None or len(found["shape"]) != 2 or _DTYPES.get(found["dtype"]) is None:
+            raise ValueError(f"it has no states of its caption {name}")
+        if pooled is not None and pooled["dtype"] != found["dtype"]:
+            raise ValueError(f"states and pooled vector of its caption {name} are of two kinds")
+        kind, shape = _DTYPES[found["dtype"]], tuple(found["shape"])
+        return RawStates(kind, shape, bytes(found["data"]), None if pooled is None else bytes(pooled["data"]))
+
+
+def _more(tensors: Mapping[str, Any], field: str) -> Iterator[str]:
+    """The names of states that further encoders gave a caption."""
+    for number in count(1):
+        if f"{field}.{number}.states" not in tensors:
+            return
+        yield f"{field}.{number}"

@@ -427,12 +427,13 @@ class ClipLoader:
 
     @staticmethod
     def _states(raw: Mapping[str, RawStates]) -> dict[str, Encoded]:
-        states = {}
-        for name, found in raw.items():
+        def encoded(found: RawStates) -> Encoded:
             dtype = getattr(torch, found.dtype)
             pooled = None if found.pooled is None else torch.frombuffer(bytearray(found.pooled), dtype=dtype)
-            states[name] = Encoded(torch.frombuffer(bytearray(found.states), dtype=dtype).reshape(found.shape), pooled)
-        return states
+            states = torch.frombuffer(bytearray(found.states), dtype=dtype).reshape(found.shape)
+            return Encoded(states, pooled, tuple(map(encoded, found.others)))
+
+        return {name: encoded(found) for name, found in raw.items()}
 
     def _keep(self, entry: _Entry, clip: _Cached) -> None:
         size = self.reader.num_bytes(self.shapes[entry.bucket])

@@ -34,6 +34,7 @@ class RawStates:
     shape: tuple[int, ...]
     states: bytes
     pooled: bytes | None
+    others: "tuple[RawStates, ...]" = ()  # of further encoders
 
 
 @dataclass(frozen=True)

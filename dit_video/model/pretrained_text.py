@@ -87,7 +87,7 @@ class PretrainedText(TextEncoder):
 
     def __init__(
         self,
-        folder: str,  # with config.json, *.safetensors and a tokenizer; package:NAME/FOLDER lies in an installed package
+        folder: str | None,  # with config.json, *.safetensors and a tokenizer; package:NAME/FOLDER lies in an installed package
         dim: int,  # width of its states
         pooled_dim: int = 0,  # width of its pooled vector
         tokenizer: str | None = None,  # the tokenizer's folder; none: the same (diffusers keeps it in a folder of its own)
@@ -117,8 +117,20 @@ class PretrainedText(TextEncoder):
 
     @property
     def name(self) -> str:
-        """For messages."""
-        return f"text encoder {self.folder}"
+        kind = read_config(find_folder(self.folder))["model_type"]
+        return f"{kind} {self.fingerprint[:8]}"
+
+    @property
+    def is_frozen(self) -> bool:
+        return True
+
+    @property
+    def is_here(self) -> bool:
+        return self.folder is not None
+
+    def check(self) -> None:
+        weight_files(find_folder(self.folder))
+        find_folder(self.tokenizer_folder)
 
     @property
     def counts(self) -> Counts:
@@ -211,6 +223,22 @@ class Several(TextEncoder):
         """That of all the encoders, which have one where they are frozen."""
         return hashlib.sha256(" ".join(encoder.fingerprint for encoder in self._each()).encode()).hexdigest()[:16]
 
+    @property
+    def is_frozen(self) -> bool:
+        return all(encoder.is_frozen for encoder in self._each())
+
+    @property
+    def name(self) -> str:
+        return " and ".join(encoder.name for encoder in self._each())
+
+    @property
+    def is_here(self) -> bool:
+        return all(encoder.is_here for encoder in self._each())
+
+    def check(self) -> None:
+        for encoder in self._each():
+            encoder.check()
+
     def summary(self) -> dict[str, float]:
         """The counts of the frozen ones, by name."""
         frozen = {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, PretrainedText)}
@@ -282,8 +310,10 @@ class Pretrained(nn.Module):
 # --------------------------------------------------------------------------- folders
 
 
-def find_folder(folder: str) -> Path:
+def find_folder(folder: str | None) -> Path:
     """The folder that a path names, or package:NAME/FOLDER inside an installed package, which is not imported."""
+    if folder is None:
+        raise ValueError("the text encoder's weights are needed here, and its folder is null; set text.folder")
     if not folder.startswith("package:"):
         path = Path(folder).expanduser()
         if not path.is_dir():

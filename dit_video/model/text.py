@@ -40,6 +40,32 @@ class TextEncoder(nn.Module):
         """States of captions that are not empty."""
         raise NotImplementedError
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the states of a caption are always the same, so that they can be kept."""
+        return False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can read words, and not only states that it made before."""
+        return True
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages, and in the notes of what was made with it."""
+        return type(self).__name__
+
+    def states_of(self, caption: str) -> Encoded:
+        """A caption's states, in the host's memory; of frozen encoders alone."""
+        raise NotImplementedError
+
+    def summary(self) -> dict[str, float]:
+        """What happened to captions so far, for the record of a run."""
+        return {}
+
+    def check(self) -> None:
+        """ValueError where it cannot be used, as far as a glance tells."""
+
     def unused(self) -> str | Encoded:
         """What is encoded, and not used, where no caption is told."""
         return NOTHING
