@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 
 from dit_video.build import check_whole, make, make_autoencoder, make_network, make_text
 from dit_video.data.buckets import ClipShape
-from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding
+from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding, note_of
 from dit_video.data.errors import BadDataError
 from dit_video.data.index import build, save
 from dit_video.data.loader import ClipLoader
@@ -86,7 +86,6 @@ class _Encoder:
 
     def sample(self, key: str, clip: ReadClip, shape: ClipShape, video: np.ndarray) -> dict[str, bytes]:
         """The members of a sample, the last of them its json: a sample that has it is whole."""
-        notes = {"encoding": self.encoding.to_json(), "start": repr(clip.start)}
         members = {field: caption.encode() for field, caption in clip.captions.items() if not field.startswith("json.")}
         if self.text is not None:
             states: dict[str, torch.Tensor] = {}
@@ -97,8 +96,8 @@ class _Encoder:
                     states[f"{name}.states"] = each.states.cpu().contiguous()
                     if each.pooled is not None:
                         states[f"{name}.pooled"] = each.pooled.cpu().contiguous()
-            members[TEXT] = to_safetensors(states, {"encoding": notes["encoding"]})
-        members[LATENTS] = to_safetensors(self._latents(video), notes)
+            members[TEXT] = to_safetensors(states, note_of(self.encoding))
+        members[LATENTS] = to_safetensors(self._latents(video), note_of(self.encoding, clip.start))
         captions = {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
         return members | {"json": json.dumps(vars(shape) | {"start": clip.start, **captions, "source": key}).encode()}
 
@@ -165,7 +164,7 @@ def encode_shards(
             with _taken(out / name) as file:
                 if file is None:
                     continue
-                for whole in _encode_shard(file, source, number, encoder, views, out / SKIPPED):
+                for whole in _encode_shard(file, out / name, source, number, encoder, views):
                     written, skipped = written + whole, skipped + (not whole)
                     progress.advance(task)
                 _finish(file, out / name)
@@ -225,11 +224,10 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def _encode_shard(
-    file: BinaryIO, source: ClipLoader, number: int, encoder: _Encoder, views: int, skipped: Path
-) -> Iterator[bool]:
+def _encode_shard(file: BinaryIO, path: Path, source: ClipLoader, number: int, encoder: _Encoder, views: int) -> Iterator[bool]:
     """Appends the samples that a shard still lacks; says of each whether it could be used."""
-    done, end = _whole_samples(Path(file.name))
+    skipped = path.with_name(SKIPPED)
+    done, end = _whole_samples(path)
     done |= _known(skipped)
     jobs = [(key, job) for key, job in _jobs(source, number, views) if f"{job.record.shard.name}:{key}" not in done]
     file.seek(end)
@@ -276,8 +274,9 @@ def _jobs(source: ClipLoader, number: int, views: int) -> Iterator[tuple[str, Jo
             yield key, Job(record, clip, shape, start=view / (count - 1) if count > 1 else 0.0)
 
 
-def _whole_samples(partial: Path) -> tuple[set[str], int]:
-    """The names of the samples that are whole in a file that may have been cut off, and where the last of them ends."""
+def _whole_samples(path: Path) -> tuple[set[str], int]:
+    """The names of a shard's samples that are whole in a file that may have been cut off, and where the last of them ends."""
+    partial = _partial(path)
     if not partial.stat().st_size:
         return set(), 0
     try:
@@ -286,8 +285,7 @@ def _whole_samples(partial: Path) -> tuple[set[str], int]:
         return set(), 0
     whole = [(key, member) for key, extension, member in members if extension == "json"]
     end = max((member.offset + member.size for _, member in whole), default=0)
-    name = partial.name.removesuffix(".partial")
-    return {f"{name}:{key}" for key, _ in whole}, -(-end // _RECORD) * _RECORD
+    return {f"{path.name}:{key}" for key, _ in whole}, -(-end // _RECORD) * _RECORD
 
 
 def _known(skipped: Path) -> set[str]:

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError, deserialize
 
 from dit_video.data.buckets import ClipShape
-from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding, header_of
+from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding, read_note
 from dit_video.data.reader import Job, RawStates, ReadClip, caption_members, captions_of
 from dit_video.data.shards import read_members
 
@@ -49,7 +49,7 @@ class EncodedReader:
         captions = captions_of(members, self.captions, self.max_caption_chars)
         self._latents(members[LATENTS], shape, out)
         states = self._states(members[TEXT], captions) if self.with_states else {}
-        start = float(header_of(members[LATENTS]).get("start", 0.0))
+        _, start = read_note(members[LATENTS])
         checksums = {name: zlib.crc32(data) for name, data in members.items() if record.members[name].checksum is None}
         return ReadClip(captions, True, start, False, checksums, states)
 
@@ -60,7 +60,7 @@ class EncodedReader:
 
     def _tensors(self, data: bytes, what: str) -> dict[str, dict[str, Any]]:
         try:
-            if header_of(data).get("encoding") != self.encoding.to_json():
+            if read_note(data)[0] != self.encoding.to_json():
                 raise ValueError("made otherwise than its shard's index says")
             return dict(deserialize(data))
         except (SafetensorError, ValueError) as error:

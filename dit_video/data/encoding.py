@@ -51,21 +51,26 @@ class Encoding:
         return len(self.parts), 1 + (shape.num_frames - 1) // t, shape.height // h, shape.width // w, self.channels
 
 
-def header_of(data: bytes) -> dict[str, str]:
-    """The notes in the header of a safetensors file, of which the first bytes will do; ValueError where there is no header."""
+def note_of(encoding: Encoding, start: float = 0.0) -> dict[str, str]:
+    """What the header of a safetensors file says: one entry, as several are written in a random order, and equal clips shall be equal."""
+    return {"about": json.dumps({"encoding": encoding.to_json(), "start": start})}
+
+
+def read_note(data: bytes) -> tuple[str, float]:
+    """The encoding and the start in seconds that the header of a file says, of which the first bytes will do; ValueError without one."""
     try:
         length = int.from_bytes(data[:8], "little")
         if len(data) < 8 or length > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes")
-        notes = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        return {str(key): str(value) for key, value in notes.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not a safetensors file ({error})") from error
+        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["about"])
+        return str(about["encoding"]), float(about["start"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"not a safetensors file that says what made it ({error})") from error
 
 
 def encoding_of(first_bytes: bytes) -> str:
     """The note of what made a file of latents, as its first bytes say."""
-    return Encoding.from_json(header_of(first_bytes).get("encoding", "")).to_json()
+    return Encoding.from_json(read_note(first_bytes)[0]).to_json()
 
 
 def one_encoding(found: Sequence[tuple[str, str]]) -> Encoding | None:
