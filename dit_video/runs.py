@@ -238,9 +238,10 @@ def describe(sampler: Sampler) -> str:
     """The sampler in words, for a protocol."""
     solver = getattr(sampler.solver, "func", sampler.solver)
     schedule = getattr(sampler.schedule, "func", sampler.schedule)
+    spaced = getattr(schedule, "__name__", repr(schedule))
     below = "" if sampler.low_guidance is None else f" and {sampler.low_guidance:g} below {sampler.boundary:g}"
     return (
-        f"{getattr(solver, '__name__', repr(solver))} solver, {sampler.steps} {getattr(schedule, '__name__', repr(schedule))} steps, "
+        f"{getattr(solver, '__name__', repr(solver))} solver, {sampler.steps} steps{'' if spaced == 'even' else f' of {spaced}'}, "
         f"guidance {sampler.guidance:g}{below} in time "
         f"{sampler.interval[0]:g} to {sampler.interval[1]:g}, rescale {sampler.rescale:g}, times shifted "
         f"{'as in training' if sampler.shift is None else f'by {sampler.shift:g}'}, {sampler.precision}, averaged weights"
