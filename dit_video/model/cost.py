@@ -12,12 +12,14 @@ from torch import nn
 from dit_video.model.network import Network
 from dit_video.model.text import TextLayer, WordEncoder
 from dit_video.model.transformer import Block, StreamBlock, StreamEnds
+from dit_video.model.wan import WanBlock, WanEnds, WanExperts, WanTransformer
 from dit_video.shapes import Grid
 
 TRAINING = 3
 """A training step costs so many forward passes: the backward has two products for each of the forward's."""
 
-_END, _BLOCK = r"transformer\.ends\.(?P<stream>\w+)\.", r"transformer\.blocks\.\d+\."
+_EXPERT = r"transformer\.(?:high\.|low\.)?"  # of two experts either, or the only transformer
+_END, _BLOCK = _EXPERT + r"ends\.(?P<stream>\w+)\.", _EXPERT + r"blocks\.\d+\."
 _PARTS = (  # a parameter's name, its part, and what there is one of for every row that its layer multiplies
     (r"^text\.", "text encoder", "word"),
     (_END + "(patch|given|partial|control)", "patch embedding", "token"),
@@ -26,11 +28,22 @@ _PARTS = (  # a parameter's name, its part, and what there is one of for every r
     (_END + "(modulation|final_offset)", "modulation", "level"),
     (_END + "head", "head", "token"),
     (_BLOCK + "context_", "text keys and values", "word"),
+    (_BLOCK + r"cross\.(key|value)", "text keys and values", "state"),
+    (_BLOCK + r"cross\.image_", "image keys and values", "image state"),
+    (_BLOCK + r"cross(_norm|\.query|\.out)", "text cross-attention", "token"),
     (_BLOCK + r"cross\.(?P<stream>\w+)\.", "text cross-attention", "token"),
     (_BLOCK + r"streams\.(?P<stream>\w+)\.offset", "modulation", "level"),
     (_BLOCK + r"streams\.(?P<stream>\w+)\.(qkv|query_key_norm|out)", "attention projections", "token"),
     (_BLOCK + r"streams\.(?P<stream>\w+)\.mlp", "MLP", "token"),
+    (_EXPERT + "text", "text keys and values", "state"),
+    (_EXPERT + "image", "image keys and values", "image state"),
+    (_BLOCK + "offset", "modulation", "level"),
+    (_BLOCK + "attention", "attention projections", "token"),
+    (_BLOCK + "mlp", "MLP", "token"),
 )
+
+IMAGE_STATES = 257
+"""States of the image encoder that Wan 2.1 takes: CLIP's, of 16 x 16 patches and one for all."""
 
 
 def parameters_by_part(network: Network) -> dict[str, int]:
@@ -54,13 +67,17 @@ def flops_by_part(
     transformer = network.transformer
     tokens = {name: 0 for name in transformer.ends} | dict(other_tokens or {}) | {"video": grid.num_tokens}
     all_tokens = sum(tokens.values())
-    rows = {"word": num_words, "level": num_levels, "caption": 1}
+    rows = {"word": num_words, "level": num_levels, "caption": 1, "image state": IMAGE_STATES}
+    if isinstance(transformer, WanTransformer | WanExperts):  # which looks at zeros after a caption
+        rows["state"] = transformer.text_length
     flops: dict[str, int] = {}
 
     def add(part: str, multiply_adds: int) -> None:
         flops[part] = flops.get(part, 0) + 2 * batch * multiply_adds
 
     for name, module in network.named_modules():
+        if name.startswith("transformer.low."):
+            continue  # a clip goes through one of two experts
         if isinstance(module, nn.Linear):
             part, per, stream = _find(name)
             add(part, (tokens[stream] if per == "token" else rows[per]) * module.weight.numel())
@@ -69,7 +86,15 @@ def flops_by_part(
     if isinstance(network.text, WordEncoder):
         add("text encoder", num_words * network.text.dim)  # the mean over words
 
-    for block in transformer.blocks:
+    blocks = transformer.high.blocks if isinstance(transformer, WanExperts) else transformer.blocks
+    for block in blocks:
+        if isinstance(block, WanBlock):
+            inner = block.attention.out.in_features
+            add("attention", 2 * all_tokens**2 * inner)
+            add("text cross-attention", 2 * all_tokens * rows["state"] * inner)
+            if block.cross.has_image:
+                add("image cross-attention", 2 * all_tokens * IMAGE_STATES * inner)
+            continue
         assert isinstance(block, Block)
         for name, own in block.streams.items():
             assert isinstance(own, StreamBlock)
@@ -81,11 +106,12 @@ def flops_by_part(
 
     # A token's marks and its row of the modulations are products with small matrices too.
     for name, end in transformer.ends.items():
-        assert isinstance(end, StreamEnds)
+        assert isinstance(end, StreamEnds | WanEnds)
         width = end.patch.out_features
-        add("patch embedding", tokens[name] * 2 * width)
+        if isinstance(end, StreamEnds):
+            add("patch embedding", tokens[name] * 2 * width)
         if num_levels > 1:
-            add("modulation", tokens[name] * num_levels * width * (6 * len(transformer.blocks) + 2))
+            add("modulation", tokens[name] * num_levels * width * (6 * len(blocks) + 2))
     return flops
 
 

@@ -138,7 +138,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, eps: float, image: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.has_image = heads, image
         self.query, self.key, self.value, self.out = (linear(width, width, bias=True) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(width, eps=eps), RMSNorm(width, eps=eps)
         if image:

@@ -1,16 +1,20 @@
 """Costs against torch's own flop counter, and against counting."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_video.model import attention
-from dit_video.model.cost import TRAINING, flops_by_part, parameters_by_part
+from dit_video.model.cost import IMAGE_STATES, TRAINING, flops_by_part, parameters_by_part
+from dit_video.model.layers import initialise
 from dit_video.model.network import Network
 from dit_video.model.text import WordEncoder
 from dit_video.model.transformer import StreamSpec, VideoTransformer
+from dit_video.model.wan import WanExperts, WanTransformer
 from dit_video.shapes import Grid, Stream
 
 CAPTIONS = ["a small red circle moves left", "blue circle"]  # 6 words and 2
@@ -43,6 +47,23 @@ def test_flops_of_two_streams_and_a_control(make_network: Make) -> None:
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         network({"video": video, "audio": audio}, CAPTIONS)
     assert sum(flops_by_part(network, Grid(3, 2, 2), 2, 6, 1, {"audio": 7}).values()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("num_levels", [1, 3])
+@pytest.mark.parametrize("image_dim", [0, 12])
+@pytest.mark.parametrize("experts", [False, True])
+def test_flops_of_wan(num_levels: int, image_dim: int, experts: bool) -> None:
+    """Of two experts a clip goes through one; both are in memory."""
+    one = partial(WanTransformer, 24, 2, 2, 40, 16, 4, text_length=9, level_dim=16, image_dim=image_dim, control_channels=8)
+    network = Network(WordEncoder(16, heads=2), WanExperts(one, 0.5) if experts else one())
+    initialise(network, 0)
+    grid, counts = Grid(3, 2, 5), parameters_by_part(network)
+    assert "other" not in counts and sum(counts.values()) == sum(p.numel() for p in network.parameters())
+    stream = replace(stream_of(grid.num_tokens, 16, num_levels, "cpu"), control=torch.zeros(2, 30, 32))
+    image = torch.zeros(2, IMAGE_STATES, 12) if image_dim else None
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        network.transformer({"video": stream}, replace(network.text(CAPTIONS), image=image))
+    assert sum(flops_by_part(network, grid, 2, 6, num_levels).values()) == counter.get_total_flops()
 
 
 def test_training_costs_about_three_forwards() -> None:
