@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -77,6 +77,17 @@ _EXPERTS: dict[Layout, dict[str, str]] = {
     "diffusers": {"high.": "transformer", "low.": "transformer_2"},
     "original": {"high.": "high_noise_model", "low.": "low_noise_model"},
 }
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """Weights open for reading tensor by tensor and row by row: a checkpoint's or published ones."""
+
+    @property
+    def path(self) -> Path: ...
+    def shapes(self, group: str) -> dict[str, tuple[int, ...]]: ...
+    def read(self, group: str, name: str, rows: slice | None = None) -> Tensor: ...
+    def close(self) -> None: ...
 
 
 class PublishedError(ValueError):

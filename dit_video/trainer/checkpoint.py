@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from dit_video.model.published import Readable
 from dit_video.trainer.parallel import local, rows_of
 
 log = logging.getLogger(__name__)
@@ -46,19 +47,6 @@ def reached(point: str) -> None:
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another model."""
-
-
-class Readable(Protocol):
-    """Weights that are open for reading, tensor by tensor and row by row: a checkpoint, an export, or published ones."""
-
-    @property
-    def path(self) -> Path: ...
-
-    def shapes(self, group: str) -> dict[str, tuple[int, ...]]: ...
-
-    def read(self, group: str, name: str, rows: slice | None = None) -> Tensor: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -470,7 +458,7 @@ def warm_start(module: nn.Module, saved: Readable, group: str) -> None:
         _put(local(own[name]), saved, group, name, own[name])
 
 
-def load_averages(averages: Mapping[str, Tensor], network: nn.Module, saved: Saved, group: str) -> None:
+def load_averages(averages: Mapping[str, Tensor], network: nn.Module, saved: Readable, group: str) -> None:
     """Puts a group into averages of a network's weights, which are cut as the weights are."""
     check_fits(network, saved, group)
     for name, weight in network.named_parameters():

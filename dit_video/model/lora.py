@@ -1,0 +1,241 @@
+"""LoRA (Hu et al. 2021) on a transformer's linear layers, by peft: adapters put in from outside, kept in files that diffusers reads.
+
+    W x  becomes  W x + scale * B A x,    scale = alpha / rank
+
+A begins random and B at zero, so that nothing changes at first; everything but A and B is frozen. A layer's own weight is called
+<layer>.base_layer.weight while it has an adapter, which is <layer>.lora_A.default.weight and <layer>.lora_B.default.weight.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dit_video.model.layers import Linear
+from dit_video.model.published import PublishedError, Readable, module_name, own_module_name
+from dit_video.model.transformer import Transformer
+from dit_video.model.wan import WanExperts, WanTransformer
+from dit_video.seeding import seeded
+
+FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"  # diffusers' names
+NAME = "default"  # peft's name of an adapter that has no other
+BASE = ".base_layer."
+_PREFIXES = {"": "transformer.", "high.": "transformer.", "low.": "transformer_2."}
+
+
+def add_adapters(
+    transformer: Transformer,  # on the meta device, or with its weights; before it is cut over ranks
+    rank: int = 16,
+    alpha: float | None = None,  # none: as the rank, so that the scale is 1
+    targets: Sequence[str]
+    | None = None,  # how the names of adapted layers end, such as attention.query; none: all hidden matrices
+    seed: int = 0,  # of A where there are weights already; on the meta device it begins with everything else
+) -> None:
+    """Puts an adapter beside each of a transformer's linear layers that are named, in place, and freezes all the rest."""
+    if rank < 1:
+        raise ValueError(f"the rank of an adapter must be at least 1, got {rank}; set lora.rank")
+    linears = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, Linear)}
+    if targets is None:
+        chosen = [name for name, layer in linears.items() if layer.matrices]
+    else:
+        chosen = [name for name in linears if any(f".{name}".endswith(f".{target}") for target in targets)]
+        idle = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linears)]
+        if idle:
+            some = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in linears})[:20])
+            raise ValueError(f"no linear layer's name ends in {idle[0]!r}; set lora.targets to some of {some}")
+    scale = 1.0 if alpha is None else alpha / rank
+    _inject(transformer, dict.fromkeys(chosen, rank), scale)
+    for name, layer in adapters_of(transformer).items():
+        down = layer.lora_A[NAME].weight
+        if not down.is_meta:
+            drawn = torch.randn(down.shape, generator=seeded(seed, f"{name}.lora_A")) * down.initial[0]
+            down.data.copy_(drawn)
+
+
+def _inject(transformer: Transformer, ranks: Mapping[str, int], scale: float) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("adapters need peft (pip install dit-video[lora])") from error
+    if adapters_of(transformer):
+        raise ValueError("the transformer has adapters already; merge them first")
+    patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        target_modules=list(ranks), r=1, lora_alpha=1, rank_pattern=patterns,
+        alpha_pattern={name: scale * rank for name, rank in patterns.items()},
+    )  # fmt: skip
+    inject_adapter_in_model(config, transformer, NAME)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    for layer in adapters_of(transformer).values():
+        down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        down.initial, up.initial = (down.shape[1] ** -0.5, 0.0), (0.0, 0.0)  # see layers.rules_of
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's, by its name."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def adapters_of(transformer: nn.Module) -> dict[str, Any]:
+    """peft's layers by name; none where there are no adapters."""
+    return {
+        name: layer for name, layer in transformer.named_modules() if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+    }
+
+
+@torch.no_grad()
+def merge_adapters(transformer: Transformer) -> None:
+    """Adds what the adapters do to the weights beneath them, and takes them out; all weights can be trained again."""
+    for name, layer in adapters_of(transformer).items():
+        base = layer.base_layer
+        base.weight += layer.scaling[NAME] * (layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight)
+        parent, _, own = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), own, base)
+    transformer.requires_grad_(True)
+    if hasattr(transformer, "peft_config"):
+        del transformer.peft_config
+
+
+@dataclass(frozen=True)
+class UnderAdapters:
+    """Weights that know of no adapters, under the names that a network with adapters has for them; open for reading as they are."""
+
+    saved: Readable
+    names: Mapping[str, str]  # a network's, and what was saved for it
+
+    @property
+    def path(self) -> Path:
+        return self.saved.path
+
+    def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape."""
+        own = {saved: name for name, saved in self.names.items()}
+        return {own.get(name, name): shape for name, shape in self.saved.shapes(group).items()}
+
+    def read(self, group: str, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows."""
+        return self.saved.read(group, self.names.get(name, name), rows)
+
+    def close(self) -> None:
+        """Lets the files go."""
+        self.saved.close()
+
+
+def under_adapters(network: nn.Module, saved: Readable) -> UnderAdapters:
+    """What was saved, as a network with adapters wants to read it."""
+    return UnderAdapters(saved, {name: name.replace(BASE, ".") for name in network.state_dict() if BASE in name})
+
+
+# ------------------------------------------------------------------ files
+
+
+def save_adapters(transformer: WanTransformer | WanExperts, folder: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+    """Writes adapters as diffusers' load_lora_weights and load_lora_adapter read them, B times the scale; gives the file.
+
+    The scale is in B because few other programs read where diffusers would look for it. `weights` are whole adapters by the names of
+    the transformer's parameters, such as averaged ones; none: its own.
+    """
+    weights = dict(transformer.named_parameters()) if weights is None else weights
+    tensors = {}
+    for name, layer in adapters_of(transformer).items():
+        prefix, own = _expert(transformer, name)
+        if own.endswith(".patch"):
+            raise ValueError("the adapter of a patch embedding cannot be written, as it is a convolution there; set lora.targets")
+        published = _PREFIXES[prefix] + module_name(own, "diffusers")
+        down, up = (weights[f"{name}.{part}.{NAME}.weight"].detach().cpu() for part in ("lora_A", "lora_B"))
+        tensors[f"{published}.lora_A.weight"] = down.contiguous()
+        tensors[f"{published}.lora_B.weight"] = (up * layer.scaling[NAME] if layer.scaling[NAME] != 1 else up).contiguous()
+    if not tensors:
+        raise ValueError("the transformer has no adapters to be saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / FILE, {"format": "pt"})
+    (folder / FILE).chmod(0o644)  # safetensors makes files that their owner alone can read
+    return folder / FILE
+
+
+@torch.no_grad()
+def load_adapters(transformer: WanTransformer | WanExperts, path: Path) -> None:
+    """Puts adapters of a file, or of the one in a folder, into a transformer, which gets them where it has none.
+
+    PublishedError where the file is none, or its adapters are not those of the transformer.
+    """
+    path = path / FILE if path.is_dir() else path
+    read, scale = _read(path)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read.items():
+        name, part = _own_name(transformer, path, key)
+        found.setdefault(name, {})[part] = tensor
+    if torn := [name for name, pair in found.items() if len(pair) < 2]:
+        raise PublishedError(f"{path} holds half of the adapter of {torn[0]}")
+    if not adapters_of(transformer):
+        linears = {name for name, layer in transformer.named_modules() if isinstance(layer, Linear)}
+        if strange := sorted(found.keys() - linears):
+            raise PublishedError(f"{path} holds an adapter of {strange[0]}, which the transformer does not have")
+        _inject(transformer, {name: len(pair["lora_A"]) for name, pair in found.items()}, scale)
+    layers = adapters_of(transformer)
+    if differing := sorted(layers.keys() ^ found.keys()):
+        raise PublishedError(f"{path} and the transformer do not adapt the same layers: {differing[0]}; set lora.targets")
+    for name, layer in layers.items():
+        for part, tensor in found[name].items():
+            own = getattr(layer, part)[NAME].weight
+            if own.shape != tensor.shape:
+                raise PublishedError(
+                    f"{path}: {part} of {name} has shape {tuple(tensor.shape)}, the transformer's {tuple(own.shape)}; set lora.rank"
+                )
+    for name, layer in layers.items():
+        ratio = scale / layer.scaling[NAME]
+        layer.lora_A[NAME].weight.copy_(found[name]["lora_A"])
+        layer.lora_B[NAME].weight.copy_(found[name]["lora_B"] if ratio == 1 else found[name]["lora_B"] * ratio)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], float]:
+    """All tensors of a file, and the scale that goes with them."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise PublishedError(f"{path} is no file of adapters in safetensors; nothing else is opened")
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PublishedError(f"{path} cannot be read: {error}") from error
+    about = {key.rpartition(".")[2]: value for key, value in told.items()} if isinstance(told, dict) else {}
+    if other := [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if about.get(key)]:
+        raise PublishedError(f"{path}: {METADATA} tells of adapters of another kind, {other[0]}: {about[other[0]]}")
+    try:
+        return tensors, float(about.get("lora_alpha", 1)) / float(about.get("r", 1))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise PublishedError(
+            f"{path}: {METADATA} says r {about.get('r')!r} and lora_alpha {about.get('lora_alpha')!r}"
+        ) from error
+
+
+def _expert(transformer: nn.Module, name: str) -> tuple[str, str]:
+    """Which of two experts a module is of, and its name there."""
+    if not isinstance(transformer, WanExperts):
+        return "", name
+    expert, _, own = name.partition(".")
+    return f"{expert}.", own
+
+
+def _own_name(transformer: nn.Module, path: Path, key: str) -> tuple[str, str]:
+    """The module and the part of an adapter that a file's key names."""
+    experts = ("high.", "low.") if isinstance(transformer, WanExperts) else ("",)
+    prefixes = {_PREFIXES[expert]: expert for expert in experts}
+    if experts == ("",):
+        prefixes[""] = ""  # as a transformer alone is saved
+    for prefix, expert in sorted(prefixes.items(), reverse=True):
+        match = re.fullmatch(re.escape(prefix) + r"(.+)\.(lora_[AB])\.weight", key)
+        if match:
+            try:
+                return expert + own_module_name(match[1], "diffusers"), match[2]
+            except KeyError:
+                break
+    raise PublishedError(f"{path} holds {key}, which is no adapter of this transformer in diffusers' layout")
