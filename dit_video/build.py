@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.layers import initialise
+from dit_video.model.lora import add_adapters
 from dit_video.model.network import Network
 from dit_video.model.text import TextEncoder
 from dit_video.model.transformer import VideoTransformer
@@ -25,6 +26,8 @@ def make_network(config: DictConfig, device: str = "meta") -> Network:
     with torch.device(device):
         text, autoencoder = make_text(config), make_autoencoder(config)
         transformer: VideoTransformer = make(config.model)
+    if config.get("lora"):
+        add_adapters(transformer, **plain(config.lora), seed=config.seed)
     if transformer.channels != autoencoder.channels:
         raise ValueError(
             f"the autoencoder's latents have {autoencoder.channels} channels, the model takes {transformer.channels}; set autoencoder, "

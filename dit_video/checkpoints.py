@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_video.build import make_network
 from dit_video.card import model_card
 from dit_video.model import published
+from dit_video.model.lora import adapters_of, save_adapters
 from dit_video.model.wan import WanExperts, WanTransformer
 from dit_video.runs import export_file, saved_in, write_json, write_text
 from dit_video.trainer import checkpoint
@@ -78,7 +79,13 @@ def export(
         transformer = make_network(OmegaConf.create(saved.meta["config"])).transformer
         if not isinstance(transformer, WanTransformer | WanExperts):
             raise ValueError(f"{run} trained a {type(transformer).__name__}, which has no published layout; set layout=null")
-        published.export(transformer, folder, layout, _OfTransformer(saved, weights[0]))  # type: ignore[arg-type]
+        own = _OfTransformer(saved, weights[0])
+        if adapters_of(transformer):
+            if layout != "diffusers":
+                raise ValueError(f"adapters have no layout of their own in {layout}; set layout=diffusers")
+            print(f"{save_adapters(transformer, folder, own)}: the {weights[0]} adapters, for diffusers' load_lora_weights")
+            return
+        published.export(transformer, folder, layout, own)  # type: ignore[arg-type]
         print(f"{folder}: the transformer's {weights[0]} weights in the layout of {layout}")
         return
     tensors = {name: saved.tensors(name) for name in weights}

@@ -38,9 +38,12 @@ from dit_video.data.video_file import write_mp4
 from dit_video.eval.judge import Clip, Evaluation, evaluate, gallery
 from dit_video.eval.report import write_report
 from dit_video.model import published
+from dit_video.model.lora import adapters_of, under_adapters
+from dit_video.model.network import Network
+from dit_video.model.published import Readable
 from dit_video.sampler.generate import Request, Sampler, Trained, generate
 from dit_video.trainer import checkpoint
-from dit_video.trainer.checkpoint import CheckpointError, Readable, Saved
+from dit_video.trainer.checkpoint import CheckpointError, Saved
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,10 @@ class Run:
         self.folder = Path(folder)
         self.config = read_config(self.folder, trust)
         network = make_network(self.config, device="cpu")
+        if self.config.get("lora"):
+            start = start_in(Path(self.config.init_from), network)
+            checkpoint.warm_start(network, start, "ema")
+            start.close()
         checkpoint.load_weights(network, saved_in(self.folder), weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
@@ -152,9 +159,23 @@ def saved_in(folder: Path, key: str = "run") -> Saved:
     return checkpoint.opened(path, checked=True)
 
 
-def start_in(folder: Path) -> Readable:
-    """Weights to start from, open for reading: a run's averages, an export's, or published ones; errors as `saved_in`."""
-    return published.opened(folder) if published.is_published(folder) else saved_in(folder, "init_from")
+def start_in(folder: Path, network: Network) -> Readable:
+    """Weights for a network to start from, open for reading: a run's averages, an export's, or published ones; errors as `saved_in`.
+
+    CheckpointError where they lack weights that are frozen in the network, and so come from nowhere else.
+    """
+    found: Readable = published.opened(folder) if published.is_published(folder) else saved_in(folder, "init_from")
+    if adapters_of(network):
+        found = under_adapters(network, found)
+    frozen = {name: tuple(weight.shape) for name, weight in network.named_parameters() if not weight.requires_grad}
+    given = found.shapes("ema")
+    if lacking := [name for name, shape in frozen.items() if given.get(name) != shape]:
+        first = lacking[0]
+        raise CheckpointError(
+            f"{folder} lacks {len(lacking)} of {len(frozen)} weights that adapters are put beside: {first} is "
+            f"{given.get(first, 'not there')}, the model's {frozen[first]}; set init_from or model"
+        )
+    return found
 
 
 def _exported(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
 from dit_video.eval.report import write_report
 from dit_video.model.cost import TRAINING, flops_by_part
+from dit_video.model.network import Network
 from dit_video.model.text import split_words
 from dit_video.objective.tasks import check_given
 from dit_video.runs import Lock, read_yaml, start_in, write_json, write_text
@@ -177,6 +178,8 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"the data holds videos alone, the model has {', '.join(transformer.ends)}; set model.other_streams=null"
         )
+    if config.get("lora") and not config.init_from:
+        raise ValueError("adapters need weights to adapt; set init_from to a run or to published weights, or lora=none")
     check_decays(decays_of(config))
     make_keep(config)
     check_given(make_objective(config).tasks, network.tokens.compression, network.autoencoder.causal)
@@ -300,7 +303,7 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 def make_module(config: DictConfig, saved: Saved | None, hardware: Hardware) -> VideoDiffusion:
     """The module; its weights have no memory yet, and begin as the seed says, or as another run's."""
     network, optimisers = make_network(config), make(config.optimisers)
-    begin = find_start(network, Path(config.init_from)) if config.init_from and not saved else None
+    begin = find_start(network, Path(config.init_from)) if config.init_from and (config.get("lora") or not saved) else None
     build = make(config.module, _partial_=True)  # Hydra would turn what it is given into plain data
     module: VideoDiffusion = build(
         network, make_objective(config), optimisers, config.max_clips, decays_of(config), hardware.parallel, config.seed, begin,
@@ -309,10 +312,10 @@ def make_module(config: DictConfig, saved: Saved | None, hardware: Hardware) -> 
     return module
 
 
-def find_start(network: torch.nn.Module, run: Path) -> Begin:
+def find_start(network: Network, run: Path) -> Begin:
     """How a network starts from another run's averaged weights, or published ones; says of every key whether it is kept, new or dropped."""
-    by_first_rank(lambda: start_in(run).close())  # what is wrong with it is told once
-    saved = start_in(run)
+    by_first_rank(lambda: start_in(run, network).close())  # what is wrong with it is told once
+    saved = start_in(run, network)
     found = checkpoint.fitting(network, saved, "ema")
     if not found["kept"]:
         raise checkpoint.CheckpointError(
