@@ -157,7 +157,7 @@ class Stream:
     index: Int[Tensor, "b n"]  # which of them each token has
     given: Bool[Tensor, "b n"]  # known to the model; the others are to be made
     partial: Bool[Tensor, "b n"]  # holds fewer frames than its patch (the first frame's tokens); its other values are zeros
-    control: Float[Tensor, "b n c"] | None = None  # values added to tokens at their place, such as a camera pose
+    control: Float[Tensor, "b n c"] | None = None  # what tokens are told beside their values, such as a camera pose
     cell: Int[Tensor, "b n 3"] | None = None  # see cells_of; said where not all of a clip's tokens are here
 
     def level_per_token(self) -> Float[Tensor, "b n"]:

@@ -161,7 +161,7 @@ def _diffusers_sizes(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         wanted["added_kv_proj_dim"] = heads * head_dim
     _want(folder, config, wanted)
     return {
-        "width": heads * head_dim, "depth": _whole(folder, config, "num_layers"), "heads": heads,
+        "width": heads * head_dim, "depth": _whole(folder, config, "num_layers", most=1000), "heads": heads,
         "mlp_dim": _whole(folder, config, "ffn_dim"), "context_dim": _whole(folder, config, "text_dim", 4096), "channels": channels,
         "patch": _patch(folder, config), "control_channels": _control(folder, config, "in_channels", channels),
         "image_dim": _whole(folder, config, "image_dim", 0, least=0), "text_length": TEXT_LENGTH,
@@ -183,7 +183,7 @@ def _original_sizes(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if "img_emb.emb_pos" in files.names:
             raise PublishedError(f"{folder} has img_emb.emb_pos: models of a first and a last frame cannot be read")
     return {
-        "width": _whole(folder, config, "dim"), "depth": _whole(folder, config, "num_layers"),
+        "width": _whole(folder, config, "dim"), "depth": _whole(folder, config, "num_layers", most=1000),
         "heads": _whole(folder, config, "num_heads"), "mlp_dim": _whole(folder, config, "ffn_dim"),
         "context_dim": _whole(folder, config, "text_dim", 4096), "channels": channels, "patch": _patch(folder, config),
         "control_channels": _control(folder, config, "in_dim", channels), "image_dim": image[0],
@@ -257,11 +257,13 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _whole(folder: Path, config: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+def _whole(
+    folder: Path, config: Mapping[str, Any], key: str, default: int | None = None, least: int = 1, most: int = 1 << 20
+) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or value > 1 << 20:
-        raise PublishedError(f"{folder / CONFIG}: {key} must be a whole number of at least {least}, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise PublishedError(f"{folder / CONFIG}: {key} must be a whole number from {least} to {most}, got {value!r}")
     return value
 
 

@@ -9,6 +9,7 @@ from layout_work import Recorder, batch_of
 from torch import Tensor
 
 from dit_video.model.layers import initialise
+from dit_video.model.lora import add_adapters
 from dit_video.model.network import Network
 from dit_video.model.text import WordEncoder
 from dit_video.model.wan import WanExperts, WanTransformer
@@ -23,10 +24,12 @@ from dit_video.trainer.optim import Optimisers
 from dit_video.trainer.parallel import whole
 
 
-def make_experts() -> Network:
+def make_experts(adapted: bool) -> Network:
     """Random everywhere, zero nowhere; about half of the clips are above the boundary."""
     expert = partial(WanTransformer, 24, 2, 2, 32, 16, 3, (2, 4, 4), text_length=12, level_dim=16)
     network = Network(WordEncoder(dim=16, heads=2, buckets=64, max_words=12), WanExperts(expert, 0.7))
+    if adapted:
+        add_adapters(network.transformer, rank=3)
     initialise(network, 0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -34,10 +37,12 @@ def make_experts() -> Network:
     return network
 
 
-def training_experts(layout: dict[str, int], steps: int = 3) -> tuple[list[tuple[float, float]], dict[str, Tensor], list[int]]:
+def training_experts(
+    layout: dict[str, int], adapted: bool, steps: int = 3
+) -> tuple[list[tuple[float, float]], dict[str, Tensor], list[int]]:
     """Loss and gradient norm of every step, the weights at the end, and how many clips each call of an expert had on this rank."""
     torch.set_default_dtype(torch.float64)
-    shape, recorder, network = Layout(**layout), Recorder(), make_experts()
+    shape, recorder, network = Layout(**layout), Recorder(), make_experts(adapted)
     machine = Hardware(devices=shape.world_size, precision="32-true", layout=shape, threads=1)
     objective = Objective({"text_to_video": TextToVideo(), "first": FirstFrames()}, LogitNormal(), "velocity")
     module = VideoDiffusion(
