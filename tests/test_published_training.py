@@ -84,7 +84,8 @@ def test_adapters_are_trained_alone_and_go_back(pretrained: Path, world_shards: 
     assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
 
     # stopped half-way it goes on to the same weights, though its base is in no checkpoint
-    assert train(pretrained, world_shards, tmp_path, "resumed", *words, "max_clips=24", "trainer.max_hours=1e-9") == 143
+    with pytest.raises(SystemExit, match="143"):
+        train(pretrained, world_shards, tmp_path, "resumed", *words, "trainer.max_hours=1e-9")
     assert train(pretrained, world_shards, tmp_path, "resumed", *words) == 0
     assert same(tensors(tmp_path / "straight"), tensors(tmp_path / "resumed"))
 
