@@ -26,8 +26,10 @@ def chosen_sampler(run: Run, config: DictConfig) -> Sampler:
     """The run's own sampler, but for what the command line says."""
     keys = ("steps", "guidance", "interval", "rescale", "shift", "precision", "batch_size")
     changes: dict[str, Any] = {key: config[key] for key in keys if config.get(key) is not None}
-    if config.get("sampler", {}).get("solver"):
-        changes["solver"] = make(config.sampler.solver)
+    said = config.get("sampler") or DictConfig({})
+    if "_target_" in said:
+        return replace(make(said), **changes)
+    changes |= {part: make(said[part]) for part in ("solver", "schedule") if said.get(part)}
     return replace(run.sampler, **changes)
 
 

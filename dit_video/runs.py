@@ -41,6 +41,7 @@ from dit_video.model import published
 from dit_video.model.lora import adapters_of, under_adapters
 from dit_video.model.network import Network
 from dit_video.model.published import Readable
+from dit_video.pipeline import config_of
 from dit_video.sampler.generate import Request, Sampler, Trained, generate
 from dit_video.trainer import checkpoint
 from dit_video.trainer.checkpoint import CheckpointError, Saved
@@ -53,7 +54,7 @@ GALLERY_CLIPS, GALLERY_WRONG = 8, 3  # shown of every suite, and how many of the
 
 
 class Run:
-    """A run's folder, or one that it was exported to, opened for sampling.
+    """A run's folder, one that it was exported to, or a published pipeline's, opened for sampling.
 
     The network has its averaged weights, from the newest verified checkpoint; `weights` names others, such as network or ema-0.9995.
     """
@@ -68,7 +69,8 @@ class Run:
             start = start_in(Path(self.config.init_from), network)
             checkpoint.warm_start(network, start, "ema")
             start.close()
-        checkpoint.load_weights(network, saved_in(self.folder), weights)
+        found = published.opened(self.folder) if published.is_published(self.folder) else saved_in(self.folder)
+        checkpoint.load_weights(network, found, weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
         self.sampler = make_sampler(self.config)
@@ -190,6 +192,8 @@ def _exported(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:
     """The config of a run, as data: ValueError where it names anything outside dit_video and the trusted packages."""
+    if published.is_published(folder):
+        return config_of(folder)
     path = folder / "config.yaml"
     if (folder / EXPORTED).is_file():
         path = folder / EXPORTED

@@ -405,7 +405,7 @@ def test_every_program_composes_and_has_help(command: str, capsys: pytest.Captur
     [
         ("dit-video tr", ["train"]),
         ("dit-video --c", ["--cfg", "--config-dir"]),
-        ("dit-video data e", ["echo"]),
+        ("dit-video data ec", ["echo"]),
         ("dit-video data echo sha", ["shape.", "shape="]),
         ("dit-video data echo shape.", ["shape.height=", "shape.width="]),
         ("dit-video data echo shape=", ["shape=small", "shape=tiny"]),

@@ -1,0 +1,117 @@
+"""A whole published pipeline, random and tiny: opened as a run it makes the clip that diffusers makes of the same noise and prompt."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_run import dit_video
+from text_models import config_of as text_config
+from text_models import save_tokenizer
+from torch import Tensor
+from wan_models import CHANNELS, reference
+
+import dit_video as package
+from dit_video.runs import Run
+from dit_video.sampler.generate import Sampler, noise_of
+from dit_video.sampler.solvers import euler, unipc
+from dit_video.sampler.times import flow_match_euler, flow_unipc
+from dit_video.shapes import unpatchify
+
+diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+STEPS, SHIFT, GUIDANCE = 6, 3.0, 4.0
+SIZE = {"num_frames": 9, "height": 32, "width": 48}
+SOLVERS: dict[str, tuple[Any, Any, Any]] = {
+    "euler": (euler, flow_match_euler, diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)),
+    "unipc": (
+        unipc, flow_unipc,
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
+    ),
+}  # fmt: skip
+KINDS = {"t2v": ("t2v",), "two experts": ("t2v", "t2v"), "ti2v": ("ti2v",), "i2v_2.2": ("i2v_2.2",)}
+
+
+def write_pipeline(folder: Path, kind: str) -> Any:
+    """Saves a pipeline of diffusers with random weights, each of its parts in the published layout; gives it."""
+    torch.manual_seed(5)
+    text = transformers.UMT5EncoderModel(text_config("umt5")).eval()
+    save_tokenizer(folder / "made", "umt5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "made")
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 0.5, 2.0, 1.5],
+    ).eval()  # fmt: skip
+    own = [reference(each, seed, text_dim=24) for seed, each in enumerate(KINDS[kind])]
+    scheduler, second = SOLVERS["unipc"][2], own[1] if len(own) > 1 else None
+    if kind in ("ti2v", "i2v_2.2"):
+        pipeline = diffusers.WanImageToVideoPipeline(
+            tokenizer, text, vae, scheduler, transformer=own[0], expand_timesteps=kind == "ti2v"
+        )
+    else:
+        pipeline = diffusers.WanPipeline(
+            tokenizer, text, vae, scheduler, own[0], second, boundary_ratio=0.875 if second is not None else None
+        )
+    pipeline.save_pretrained(folder / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def opened(folder: Path) -> Run:
+    """As a user opens it; weights in float32, as a small model's bits are compared."""
+    run = package.load(folder)
+    run.trained.network.text.reading = replace(run.trained.network.text.reading, dtype="float32")  # type: ignore[attr-defined]
+    run.trained.network.autoencoder.dtype = "float32"  # type: ignore[attr-defined]
+    return run
+
+
+def noise(run: Run, seed: int) -> Tensor:
+    """The noise of a seed as diffusers holds it, b c t h w."""
+    tokens = run.trained.tokens
+    grid = tokens.grid(SIZE["num_frames"], SIZE["height"], SIZE["width"])
+    return unpatchify(noise_of(seed, grid, tokens.patch, CHANNELS)[None], grid, tokens.patch).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("how", SOLVERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_is_the_pipelines(tmp_path: Path, kind: str, how: str) -> None:
+    pipeline = write_pipeline(tmp_path, kind)
+    solver, schedule, pipeline.scheduler = SOLVERS[how]
+    run = opened(tmp_path / "pipeline")
+    low = 2.0 if kind == "two experts" else None
+    sampler = Sampler(
+        STEPS,
+        GUIDANCE,
+        low_guidance=low,
+        boundary=0.875 if low else 0.0,
+        shift=SHIFT,
+        solver=solver,
+        schedule=schedule,
+        batch_size=1,
+    )
+    asked: dict[str, Any] = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, "max_sequence_length": 512, **SIZE}
+    more: dict[str, Any] = {}
+    if low:
+        asked["guidance_scale_2"] = low
+    if kind in ("ti2v", "i2v_2.2"):
+        frame = np.random.default_rng(2).integers(0, 256, (1, SIZE["height"], SIZE["width"], 3), np.uint8)
+        more = {"given": frame, "task": "image_to_video"}
+        asked["image"] = torch.from_numpy(frame[0]).movedim(-1, 0)[None] / 255
+    prompt, negative = "a small red circle moves left", "snow"
+    wanted = pipeline(prompt=prompt, negative_prompt=negative, latents=noise(run, 7), output_type="np", **asked).frames[0]
+    found = run.sample(prompt, 7, sampler, negative_prompt=negative, **SIZE, fps=16, **more)
+    apart = np.abs(found.astype(np.float64) - 255 * wanted)
+    assert found.shape == wanted.shape and found.std() > 2
+    start = 1 if kind == "ti2v" else 0
+    assert apart[start:].max() < 1.0  # of 255: what rounding to whole numbers leaves
+
+
+def test_the_programs_take_a_pipelines_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pipeline(tmp_path, "t2v")
+    words = [f"run={tmp_path}/pipeline", "prompt=snow", "steps=2", "num_frames=5", "height=16", "width=32", f"out={tmp_path}/out"]
+    assert dit_video("sample", *words) == 0
+    assert (tmp_path / "out" / "0000.mp4").is_file()
+    (tmp_path / "pipeline" / "vae" / "config.json").unlink()
+    assert dit_video("sample", *words) == 1
+    assert "vae/config.json" in capsys.readouterr().err.strip().splitlines()[-1]
