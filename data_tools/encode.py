@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 
 from dit_video.build import check_whole, make, make_autoencoder, make_network, make_text
 from dit_video.data.buckets import ClipShape
-from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding, note_of
+from dit_video.data.encoding import BYTES, LATENTS, NOTHING, TEXT, Encoding, note_of
 from dit_video.data.errors import BadDataError
 from dit_video.data.index import build, save
 from dit_video.data.loader import ClipLoader
@@ -88,18 +88,23 @@ class _Encoder:
         """The members of a sample, the last of them its json: a sample that has it is whole."""
         members = {field: caption.encode() for field, caption in clip.captions.items() if not field.startswith("json.")}
         if self.text is not None:
-            states: dict[str, torch.Tensor] = {}
-            for field, caption in clip.captions.items():
-                found = self.text.states_of(caption)
-                for number, each in enumerate((found, *found.others)):
-                    name = f"{field}.{number}" if number else field
-                    states[f"{name}.states"] = each.states.cpu().contiguous()
-                    if each.pooled is not None:
-                        states[f"{name}.pooled"] = each.pooled.cpu().contiguous()
-            members[TEXT] = to_safetensors(states, note_of(self.encoding))
+            members[TEXT] = self.states(clip.captions)
         members[LATENTS] = to_safetensors(self._latents(video), note_of(self.encoding, clip.start))
         captions = {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
         return members | {"json": json.dumps(vars(shape) | {"start": clip.start, **captions, "source": key}).encode()}
+
+    def states(self, captions: Mapping[str, str]) -> bytes:
+        """The states of captions, by field."""
+        assert self.text is not None
+        tensors: dict[str, torch.Tensor] = {}
+        for field, caption in captions.items():
+            found = self.text.states_of(caption)
+            for number, each in enumerate((found, *found.others)):
+                name = f"{field}.{number}" if number else field
+                tensors[f"{name}.states"] = each.states.cpu().contiguous()
+                if each.pooled is not None:
+                    tensors[f"{name}.pooled"] = each.pooled.cpu().contiguous()
+        return to_safetensors(tensors, note_of(self.encoding))
 
     @torch.no_grad()
     def _latents(self, video: np.ndarray) -> dict[str, torch.Tensor]:
@@ -156,6 +161,7 @@ def encode_shards(
     encoder = _Encoder(encoding, autoencoder, text, _device(device))
     if text is not None:
         initialise(text, 0)  # its learned null caption, which is not written
+        _write(out / NOTHING, encoder.states({"nothing": ""}))
     console = Console(stderr=True)
     written = skipped = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -200,9 +206,13 @@ def _claim(out: Path, encoding: Encoding) -> None:
     if out.exists() and any(out.glob("*.tar")):
         raise ValueError(f"{out} holds shards that this tool did not write; set out to another folder")
     out.mkdir(parents=True, exist_ok=True)
-    draft = note.with_name(f"{NOTE}.{os.getpid()}")
-    draft.write_text(encoding.to_json() + "\n")
-    os.replace(draft, note)
+    _write(note, f"{encoding.to_json()}\n".encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_bytes(data)
+    os.replace(draft, path)
 
 
 @contextmanager

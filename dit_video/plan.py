@@ -6,7 +6,7 @@ Nothing of it is allocated: the real training step runs on tensors without conte
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -106,12 +106,14 @@ def main(config: DictConfig) -> None:
     worst = max(range(len(buckets)), key=lambda number: found[number].peak)
     found[worst] = most = predict_step(config, network, buckets[worst], choice)
     seconds = [step_seconds(config, memory, hardware, device) for memory in found]
-    say(["", _steps(buckets, found, seconds, devices), _memory(most, buckets[worst])])
+    beside = {"autoencoder": network.autoencoder.device_bytes(), "text encoder": network.text.device_bytes()}
+    say(["", _steps(buckets, found, seconds, devices), _memory(most, buckets[worst], beside)])
 
-    room = device.memory * (1 - config.margin)
+    room = device.memory * (1 - config.margin) - sum(beside.values())
+    frozen = " and of what is frozen" if any(beside.values()) else ""
     say([
         f"{'Fits' if most.peak <= room else 'Does not fit'}: {with_unit(most.peak, 'B')} at the peak of the {most.worst}, of "
-        f"{with_unit(room, 'B')} (what the device has, less {config.margin:.0%} for its context, workspaces and fragments)"
+        f"{with_unit(max(room, 0), 'B')} (what the device has, less {config.margin:.0%} for its context, workspaces and fragments{frozen})"
     ])  # fmt: skip
     if most.peak > room:
         search = Search(config, network, buckets[worst], choice, device, room)
@@ -137,8 +139,7 @@ def check(config: DictConfig) -> Hardware:
                 "price": "0 or more",
             }
             raise ValueError(f"{name} must be {said[name]}, got {config[name]}; set {name}")
-    if make_network(config).transformer.channels == 3:
-        check_training(config)
+    check_training(config)
     keys = plain(config.trainer) | {"compile": False}
     if config.devices is not None:
         nodes = math.gcd(config.devices, keys["num_nodes"])
@@ -422,7 +423,8 @@ def _head(config: DictConfig, network: Network, hardware: Hardware, device: Devi
         yield "note         trainer.accelerator is cpu: the memory is that of a CPU's precision rules; trainer=gpu plans a GPU's"
     if not isinstance(network.autoencoder, Pixels):
         size = "x".join(map(str, network.autoencoder.compression))
-        yield f"note         clips are latents of {size} pixels, read from a cache"
+        made = "" if network.autoencoder.can_decode else "; autoencoder.folder is null, so they come from a cache"
+        yield f"note         clips are latents of {size} pixels{made}; the time of encoding is not planned"
     if config.trainer.compile:
         yield "note         trainer.compile is left out: compiled blocks keep other activations, most often fewer"
 
@@ -449,13 +451,17 @@ def _steps(buckets: Sequence[Bucket], found: Sequence[Memory], seconds: Sequence
     return table
 
 
-def _memory(memory: Memory, bucket: Bucket) -> Table:
+def _memory(memory: Memory, bucket: Bucket, beside: Mapping[str, int]) -> Table:
     table = table_of(f"Memory of a rank at the peak of each phase, {bucket.shape}", "part", *PHASES)
     parts = dict.fromkeys(part for phase in PHASES for part in memory.peaks[phase])
     for part in sorted(parts, key=lambda part: (part not in KEPT, part)):
         table.add_row(part, *(with_unit(memory.peaks[phase].get(part, 0), "B") for phase in PHASES))
+    for part, size in beside.items():
+        if size:
+            table.add_row(f"{part}, frozen", *[with_unit(size, "B")] * len(PHASES))
     table.add_section()
-    table.add_row("all", *(with_unit(sum(memory.peaks[phase].values()), "B") for phase in PHASES))
+    held = sum(beside.values())
+    table.add_row("all", *(with_unit(sum(memory.peaks[phase].values()) + held, "B") for phase in PHASES))
     return table
 
 

@@ -109,6 +109,8 @@ def train(config: DictConfig, folder: Path, hardware: Hardware, rank: int, spent
     if saved and not config.accept_changed_data:
         by_first_rank(lambda: check_data(folder / "data.json", loader))
     module = make_module(config, saved, hardware)
+    if (nothing := loader.nothing()) is not None:
+        module.network.text.take_nothing(nothing)
     stopping = Stopping(hardware.max_hours)
     about = {"config": plain(config), "code": commit(), "data": loader.fingerprint, "torch": str(torch.__version__)}
     callbacks = [stopping, *make_callbacks(config, folder, module, saved, spent, about, stopping)]
@@ -358,7 +360,8 @@ def make_callbacks(
         Request(prompt, config.seed + number, data.num_frames, data.height, data.width, data.fps)
         for number, prompt in enumerate(config.sample_prompts)
     ]
-    for request in requests:
+    sees = module.network.autoencoder.can_decode
+    for request in requests if sees else ():
         check_request(request, make_trained(module.network, module.objective))
     callbacks: list[L.Callback] = [
         Throughput(every.record, flops_per_clip),
@@ -366,7 +369,7 @@ def make_callbacks(
         Monitor(every.monitor),
         ProgressBar(),
     ]
-    if sees := module.network.autoencoder.can_decode:
+    if sees:
         callbacks.append(Sampling(every.sample, folder / "samples", requests, draw))
     if every.evaluate and config.eval and sees:
         suites, metrics = ({str(k): make(v) for k, v in config.eval[part].items()} for part in ("suites", "metrics"))

@@ -6,7 +6,7 @@ shape. Worker processes read them without torch.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -48,7 +48,7 @@ class EncodedReader:
         members = read_members(record, wanted)
         captions = captions_of(members, self.captions, self.max_caption_chars)
         self._latents(members[LATENTS], shape, out)
-        states = self._states(members[TEXT], captions) if self.with_states else {}
+        states = self.states_in(members[TEXT], captions) if self.with_states else {}
         _, start = read_note(members[LATENTS])
         checksums = {name: zlib.crc32(data) for name, data in members.items() if record.members[name].checksum is None}
         return ReadClip(captions, True, start, False, checksums, states)
@@ -78,7 +78,8 @@ class EncodedReader:
             begin, end = end, end + len(found["data"])
             out[begin:end] = np.frombuffer(found["data"], np.uint8)
 
-    def _states(self, data: bytes, captions: Mapping[str, str]) -> dict[str, RawStates]:
+    def states_in(self, data: bytes, captions: Collection[str]) -> dict[str, RawStates]:
+        """The states that a file holds of captions, by field."""
         tensors = self._tensors(data, "states")
         states = {}
         for field in captions:

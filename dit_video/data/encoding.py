@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from dit_video.data.buckets import ClipShape
 
 LATENTS, TEXT = "latents.safetensors", "text.safetensors"
+NOTHING = "nothing.safetensors"
+"""A file beside the shards, with the states of the empty caption."""
 BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 MAX_HEADER_BYTES = 2**20
 

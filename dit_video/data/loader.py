@@ -19,9 +19,9 @@ from dit_video.data.audio import AudioFormat
 from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, TOO_SHORT, ClipShape, assign, level
 from dit_video.data.decode import DECODERS, Decoder, why_no_torchcodec
 from dit_video.data.encoded import EncodedReader
-from dit_video.data.encoding import LATENTS, one_encoding
+from dit_video.data.encoding import LATENTS, NOTHING, one_encoding
 from dit_video.data.errors import BadDataError
-from dit_video.data.files import expand_shards
+from dit_video.data.files import exists, expand_shards, open_file
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
 from dit_video.data.ledger import BadClip, Ledger
 from dit_video.data.plan import Plan, Step
@@ -219,6 +219,14 @@ class ClipLoader:
         digest.update(np.stack([self.report.bucket, self.report.source]).astype(np.int32).tobytes())
         digest.update(repr((self.plan.sizes, self.plan.weights, self.plan.seed, self.shapes)).encode())
         return digest.hexdigest()[:16]
+
+    def nothing(self) -> Encoded | None:
+        """The states of the empty caption, where they lie beside the shards."""
+        path = self.clips.shards[0].with_name(NOTHING)
+        if not isinstance(self.reader, EncodedReader) or not self.reader.with_states or not exists(path):
+            return None
+        with open_file(path) as file:
+            return self._states(self.reader.states_in(file.read(), ["nothing"]))["nothing"]
 
     def write_report(self, path: Path) -> None:
         """What the data is, as JSON; a run that goes on compares its fingerprint. Other ranks may be reading it, so it appears whole."""

@@ -37,6 +37,10 @@ class Autoencoder(ABC):
         """Whether it is here, and not only what is known of it."""
         return True
 
+    def device_bytes(self) -> int:
+        """What its weights hold of the device between uses."""
+        return 0
+
     def check(self) -> None:
         """ValueError where it cannot be used, as far as a glance tells."""
         return

@@ -1,10 +1,13 @@
 """Pretrained modules that are used and never trained, such as text encoders and autoencoders."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,3 +44,12 @@ class Frozen(Generic[Module]):
         finally:
             if self.placement == "offload":
                 self._module.to("cpu")
+
+
+def num_weights(files: Sequence[Path]) -> int:
+    """How many numbers safetensors hold, as their headers say."""
+    total = 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_video.model.autoencoders import Autoencoder
-from dit_video.model.frozen import Frozen, Placement
+from dit_video.model.frozen import Frozen, Placement, num_weights
 from dit_video.shapes import Patch
 
 VERSION = 1
@@ -229,6 +229,10 @@ class DiffusersAutoencoder(Autoencoder):
     @property
     def can_decode(self) -> bool:
         return self.folder is not None
+
+    def device_bytes(self) -> int:
+        held = self.can_decode and self.scaled.placement == "device"
+        return num_weights(self.files.weights) * DTYPES[self.dtype].itemsize if held else 0
 
     def check(self) -> None:
         self.compare(build(self.files))

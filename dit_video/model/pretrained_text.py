@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dit_video.model.frozen import Frozen, Placement
+from dit_video.model.frozen import Frozen, Placement, num_weights
 from dit_video.model.layers import RMSNorm, linear
 from dit_video.model.remembered import Counts, Remembered
 from dit_video.model.text import TextEncoder, says, split_words
@@ -110,6 +110,7 @@ class PretrainedText(TextEncoder):
             raise ValueError(f"pooled={pooled} does not go with pooled_dim={pooled_dim}; set text.pooled or text.pooled_dim")
         super().__init__(dim, pooled_dim, learned_null=no_caption == "learned")
         self.folder, self.tokenizer_folder, self.no_caption = folder, tokenizer or folder, no_caption
+        self.nothing: Encoded | None = None  # states of the empty text, where they are known from elsewhere
         self.pretrained = Frozen(self._load, placement)
         self.remembered = Remembered(self._read, lambda: self.fingerprint, cache, memory_bytes)
         self.like: Tensor  # where the network is and in what precision, learned null state or not
@@ -127,6 +128,11 @@ class PretrainedText(TextEncoder):
     @property
     def is_here(self) -> bool:
         return self.folder is not None
+
+    def device_bytes(self) -> int:
+        if not self.is_here or self.pretrained.placement != "device":
+            return 0
+        return num_weights(weight_files(find_folder(self.folder))) * getattr(torch, self.reading.dtype).itemsize
 
     def check(self) -> None:
         weight_files(find_folder(self.folder))
@@ -152,7 +158,12 @@ class PretrainedText(TextEncoder):
 
     def states_of(self, caption: str) -> Encoded:
         """A caption's states, in the host's memory; of nothing they are those of the empty text."""
-        return self.remembered(caption if says(caption) else "")
+        if not says(caption):
+            return self.nothing or self.remembered("")
+        return self.remembered(caption)
+
+    def take_nothing(self, states: Encoded) -> None:
+        self.nothing = self._checked(states)
 
     def encode(self, captions: list[str | Encoded]) -> Context:
         found = [self._checked(each) if isinstance(each, Encoded) else self._states(each) for each in captions]
@@ -235,6 +246,9 @@ class Several(TextEncoder):
     def is_here(self) -> bool:
         return all(encoder.is_here for encoder in self._each())
 
+    def device_bytes(self) -> int:
+        return sum(encoder.device_bytes() for encoder in self._each())
+
     def check(self) -> None:
         for encoder in self._each():
             encoder.check()
@@ -248,6 +262,10 @@ class Several(TextEncoder):
         """A caption's states of every encoder, in the host's memory; all must be frozen."""
         first, *others = [encoder.states_of(caption) for encoder in self._each()]
         return Encoded(first.states, first.pooled, tuple(others))
+
+    def take_nothing(self, states: Encoded) -> None:
+        for encoder, own in zip(self._each(), self._split(states), strict=True):
+            encoder.take_nothing(own)
 
     def forward(self, captions: Sequence[Caption]) -> Context:
         split = [self._split(caption) for caption in captions]

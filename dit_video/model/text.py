@@ -59,9 +59,16 @@ class TextEncoder(nn.Module):
         """A caption's states, in the host's memory; of frozen encoders alone."""
         raise NotImplementedError
 
+    def take_nothing(self, states: Encoded) -> None:
+        """Told the states of the empty caption that lie beside encoded clips, a frozen encoder need not make them."""
+
     def summary(self) -> dict[str, float]:
         """What happened to captions so far, for the record of a run."""
         return {}
+
+    def device_bytes(self) -> int:
+        """What frozen weights hold of the device between uses."""
+        return 0
 
     def check(self) -> None:
         """ValueError where it cannot be used, as far as a glance tells."""

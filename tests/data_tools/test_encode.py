@@ -251,3 +251,21 @@ def test_losses_from_the_cache_and_online_are_the_same(
     assert train(encoded, tmp_path, "cached", *words) == 0
     online, cached = ([line["train/loss"] for line in records(tmp_path / name)] for name in ("online", "cached"))
     assert online == cached and len(online) == 6
+
+
+@pytest.mark.slow
+def test_training_from_the_cache_needs_neither_autoencoder_nor_text_encoder(
+    encoded: Path, random_wan: Path, tmp_path: Path
+) -> None:
+    words = (
+        *latents_words(random_wan),
+        "text.no_caption=encoded",
+        "objective.caption_dropout=0.5",
+        "max_clips=24",
+        "every.record=8",
+    )
+    gone = ("autoencoder.folder=null", "text.folder=null")
+    assert train(encoded, tmp_path, "here", *words) == 0
+    assert train(encoded, tmp_path, "gone", *words, *gone, "every.sample=8") == 0
+    here, without = ([line["train/loss"] for line in records(tmp_path / name)] for name in ("here", "gone"))
+    assert here == without and len(here) == 3 and not (tmp_path / "gone" / "samples").exists()
