@@ -167,13 +167,16 @@ def whole(found: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
 @pytest.mark.parametrize("name", SMALL)
-def test_latents_and_clips_are_those_of_the_library_s_pipelines(name: str, steps: int, models: Callable) -> None:
+def test_latents_and_clips_are_those_of_the_library_s_pipelines(
+    name: str, steps: int, models: Callable, record_property: Callable[[str, object], None]
+) -> None:
     module, folder = models(name)
     video, ours = clips(name, steps), adapter(name, folder)
     distributions = [module.encode(part).latent_dist for part in parts(name, video)]
     theirs = [normalised(name, module, distribution.mode()) for distribution in distributions]
     latents = ours.encode(video)
     assert latents.shape == (1, 1 + (video.shape[1] - 1) // ours.compression.t, 3, 5, ours.channels)
+    record_property("latents", f"{float((latents - whole(theirs)).abs().max() / latents.std()):.1e}")
     assert latents.dtype == torch.float32 and close(latents, whole(theirs))
 
     mean, logvar = ours.encode_distribution(video)
@@ -184,7 +187,9 @@ def test_latents_and_clips_are_those_of_the_library_s_pipelines(name: str, steps
     times = [torch.zeros(1)] if SMALL[name].get("timestep_conditioning") else []  # decode_timestep of the LTX pipelines
     torch.manual_seed(0)  # LTX 0.9.1 draws noise inside its decoder
     decoded = [module.decode(denormalised(name, module, part), *times).sample for part in theirs]
-    assert ours.decode(latents).shape == video.shape and close(ours.decode(latents), whole(decoded))
+    made = ours.decode(latents)
+    record_property("clip", f"{float((made - whole(decoded)).abs().max() / made.std()):.1e}")
+    assert made.shape == video.shape and close(made, whole(decoded))
 
 
 @pytest.mark.parametrize("name", SMALL)

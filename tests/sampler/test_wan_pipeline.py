@@ -1,5 +1,6 @@
 """A tiny random Wan in diffusers' pipelines, from our export, and by our sampler: the same latents of the same noise."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +104,22 @@ def latents_of(vae: Any, video: Tensor) -> Tensor:
     return (found - torch.tensor(vae.config.latents_mean)) / torch.tensor(vae.config.latents_std)
 
 
-def close(one: Tensor, other: Tensor) -> None:
+def close(one: Tensor, other: Tensor, told: Callable[[str, object], None]) -> None:
+    told("latents", f"{float((one - other).abs().max()):.1e}")
     assert one.shape == other.shape and other.isfinite().all() and (one - other).abs().max() < 1e-4
     assert (one - tokens_of(NOISE)).abs().mean() > 0.1  # something was made
 
 
 @pytest.mark.parametrize("how", SOLVERS)
-def test_text_to_video(tmp_path: Path, how: str) -> None:
+def test_text_to_video(tmp_path: Path, how: str, record_property: Callable[[str, object], None]) -> None:
     transformer = through(tmp_path, "t2v")
     solver, schedule, scheduler = SOLVERS[how]
     pipeline = diffusers.WanPipeline(None, None, None, scheduler, theirs(tmp_path))
-    close(sampled(transformer, solver, schedule), made(pipeline))
+    close(sampled(transformer, solver, schedule), made(pipeline), record_property)
 
 
 @pytest.mark.parametrize("how", SOLVERS)
-def test_text_to_video_by_two_experts(tmp_path: Path, how: str) -> None:
+def test_text_to_video_by_two_experts(tmp_path: Path, how: str, record_property: Callable[[str, object], None]) -> None:
     for seed, part in enumerate(("transformer", "transformer_2")):
         reference("t2v", seed).save_pretrained(tmp_path / "in" / part)  # type: ignore[operator]
     transformer = make_transformer(tmp_path / "in")
@@ -129,12 +131,12 @@ def test_text_to_video_by_two_experts(tmp_path: Path, how: str) -> None:
     solver, schedule, scheduler = SOLVERS[how]
     pipeline = diffusers.WanPipeline(None, None, None, scheduler, one, two, boundary_ratio=0.875)
     found, wanted = sampled(transformer, solver, schedule, low_guidance=2.0), made(pipeline, guidance_scale_2=2.0)
-    close(found, wanted)
+    close(found, wanted, record_property)
     assert (found - sampled(transformer, solver, schedule)).abs().max() > 1e-3  # both scales are at work
 
 
 @pytest.mark.parametrize("how", SOLVERS)
-def test_image_to_video_by_given_tokens(tmp_path: Path, how: str) -> None:
+def test_image_to_video_by_given_tokens(tmp_path: Path, how: str, record_property: Callable[[str, object], None]) -> None:
     """TI2V-5B: the first frame's tokens have level 0, and come out as they are."""
     transformer, vae, image = through(tmp_path, "ti2v"), autoencoder(), torch.rand(1, 3, SIZE["height"], SIZE["width"])
     solver, schedule, scheduler = SOLVERS[how]
@@ -143,13 +145,13 @@ def test_image_to_video_by_given_tokens(tmp_path: Path, how: str) -> None:
     )  # fmt: skip
     given = tokens_of(latents_of(vae, image.movedim(1, -1)[:, None] * 2 - 1).movedim(-1, 1))
     found = sampled(transformer, solver, schedule, given=given)
-    close(found, made(pipeline, image=image))
+    close(found, made(pipeline, image=image), record_property)
     assert torch.equal(found[:, : given.shape[1]], given)
 
 
 @pytest.mark.parametrize("how", SOLVERS)
 @pytest.mark.parametrize("kind", ["i2v", "i2v_2.2"])
-def test_image_to_video_by_channels(tmp_path: Path, kind: str, how: str) -> None:
+def test_image_to_video_by_channels(tmp_path: Path, kind: str, how: str, record_property: Callable[[str, object], None]) -> None:
     transformer, vae, image = through(tmp_path, kind), autoencoder(), torch.rand(1, 3, SIZE["height"], SIZE["width"])
     solver, schedule, scheduler = SOLVERS[how]
     pipeline = diffusers.WanImageToVideoPipeline(None, None, vae, scheduler, transformer=theirs(tmp_path))
@@ -157,4 +159,4 @@ def test_image_to_video_by_channels(tmp_path: Path, kind: str, how: str) -> None
     pipeline.encode_image = lambda image, device: states
     clip = given_then_grey(image.movedim(1, -1)[:, None] * 2 - 1, SIZE["num_frames"])
     control = image_control(latents_of(vae, clip), 1, PATCH)
-    close(sampled(transformer, solver, schedule, control=control, image=states), made(pipeline, image=image))
+    close(sampled(transformer, solver, schedule, control=control, image=states), made(pipeline, image=image), record_property)
