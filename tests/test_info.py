@@ -24,7 +24,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sizes_are_in_pixels_and_latents_are_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, "model=1.3b", "num_frames=81", "height=480", "width=832")
     assert "32,760 (21 x 30 x 52), each 4x16x16 pixels" in out
-    out = printed(capsys, "model=base", "compression=[4,4,4]", "num_frames=18", "height=160", "width=160")
+    out = printed(capsys, "model=base", "autoencoder.compression=[4,4,4]", "num_frames=18", "height=160", "width=160")
     assert "2,400 (6 x 20 x 20)" in out
 
 
@@ -37,10 +37,10 @@ def test_sizes_are_in_pixels_and_latents_are_smaller(capsys: pytest.CaptureFixtu
         ("caption_words=65", "set text.max_words"),
         ("model.heads=3", "set model.heads"),
         ("fps=0", "set fps"),
-        ("compression=[4,8]", "set compression"),
+        ("autoencoder=wan autoencoder.compression=[4,8]", "set autoencoder.compression"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", word]) != 0
+    assert main(["info", *word.split()]) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
