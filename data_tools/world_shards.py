@@ -16,6 +16,7 @@ from dit_video.data.index import write_index
 from dit_video.data.shards import sidecar
 from dit_video.data.video_file import encode_mp4
 from dit_video.world.captions import caption, prompts
+from dit_video.world.paraphrases import paraphrase
 from dit_video.world.render import render
 from dit_video.world.state import WORLD_VERSION, Split, check_frame, combinations, sample_scene
 
@@ -37,6 +38,7 @@ class _Settings:
     num_prompts: int
     crf: int
     validation_clips: int
+    paraphrases: int = 0
     world_version: int = WORLD_VERSION
 
     def shards(self) -> dict[str, range]:
@@ -61,9 +63,12 @@ def write_world(
     num_prompts: int = 512,
     crf: int = 12,
     validation_clips: int = 0,
+    paraphrases: int = 0,
     workers: int | None = None,
 ) -> Path:
     """Writes shards of key.mp4 (H.264), key.txt (the caption) and key.json (the full state, what the caption states) into `out`.
+
+    With paraphrases, key.json says the same in so many other ways too, as "paraphrase_0" and so on, see world/paraphrases.py.
 
     Beside them stand prompts_seen.jsonl and prompts_held_out.jsonl (fully specified; the latter of combinations that split
     "train" never shows), validation/00000.tar with validation_clips further clips, and dataset.json, the settings. A clip depends on
@@ -72,7 +77,7 @@ def write_world(
     made with other settings.
     """
     settings = _Settings(
-        clips, seed, num_frames, height, width, float(fps), split, shard_size, num_prompts, crf, validation_clips
+        clips, seed, num_frames, height, width, float(fps), split, shard_size, num_prompts, crf, validation_clips, paraphrases
     )
     _check(settings)
     out = Path(out)
@@ -102,6 +107,9 @@ def clip_sample(settings: _Settings, number: int) -> dict[str, Any]:
     )
     said = caption(rng, scene)
     about = {"caption": said.text, "stated": said.attributes, "seed": settings.seed, "number": number, "split": settings.split}
+    if settings.paraphrases:  # by a generator of their own, so that clips and captions are the same with and without
+        other = np.random.default_rng([settings.seed, number, 1])
+        about |= {f"paraphrase_{i}": paraphrase(other, said.attributes) for i in range(settings.paraphrases)}
     return {
         "__key__": f"{number:08d}",
         "mp4": encode_mp4(render(scene), settings.fps, settings.crf),
@@ -127,6 +135,8 @@ def _check(settings: _Settings) -> None:
 def _claim(out: Path, settings: _Settings) -> None:
     """Makes the folder this data set's, or ValueError where it is another's."""
     fingerprint, wanted = out / "dataset.json", asdict(settings)
+    if not settings.paraphrases:
+        del wanted["paraphrases"]  # as before there were any
     if fingerprint.exists():
         try:
             found = json.loads(fingerprint.read_text(encoding="utf-8"))

@@ -4,13 +4,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import combinations as combine
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from dit_video.eval.judge import Suite
 from dit_video.sampler.generate import Request
 from dit_video.world.captions import prompts, underspecified, word
+from dit_video.world.paraphrases import Words, paraphrase
 from dit_video.world.render import render
 from dit_video.world.state import MARGIN, TRAVEL, Scene, centre_box, combinations, sample_scene
 
@@ -75,6 +76,22 @@ class PromptSuite(WorldSuite):
     def requests(self) -> list[Request]:
         asked = prompts(self.split, self.count, self.seed, self.num_frames)
         return [self.ask(number, caption.text, caption.attributes) for number, caption in enumerate(asked)]
+
+
+@dataclass
+class ParaphraseSuite(PromptSuite):
+    """Fully specified prompts in the words of a split of `world.paraphrases`: none of `unseen` ever occurs in a caption of a clip."""
+
+    words: Words = "unseen"
+
+    def describe(self) -> str:
+        return f"{super().describe()}, paraphrased in words of split {self.words}"
+
+    def requests(self) -> list[Request]:
+        rng = np.random.default_rng([self.seed, 5, get_args(Words).index(self.words)])
+        asked = prompts(self.split, self.count, self.seed, self.num_frames)
+        said = [paraphrase(rng, caption.attributes, self.words) for caption in asked]
+        return [self.ask(number, text, caption.attributes) for number, (text, caption) in enumerate(zip(said, asked, strict=True))]
 
 
 @dataclass
