@@ -60,8 +60,8 @@ def test_the_commands_run(world_shards: Path, tmp_path: Path, monkeypatch: pytes
     few = ["eval.suites.seen.count=2", "eval.suites.held_out.count=2", "steps=1"]
     for command in COMMANDS:
         program, *words = words_of(command)
-        if "trust=" in command:
-            continue  # run by tests/test_extensions.py
+        if "trust=" in command or "Wan2" in command or "$" in command:
+            continue  # run by tests/test_extensions.py; tests/test_pipeline.py and test_published_training.py run what these do
         if program == "train":
             given = {word.partition("=")[0] for word in words}
             shards = [] if "data.shards" in given else [f"data.shards={world_shards}/*.tar", "validation.shards=null"]

@@ -427,11 +427,11 @@ class ClipLoader:
 
     def _content(self, shape: ClipShape, out: np.ndarray) -> tuple[torch.Tensor, np.ndarray | None]:
         """Frames and sound, or latents, of a clip that was read."""
-        if isinstance(self.reader, ClipReader):
-            pixels, waveform = self.reader.layout(shape, out)
-            return torch.from_numpy(pixels), waveform
-        stored = torch.from_numpy(out[: self.reader.num_bytes(shape)])
-        return stored.view(self._blank(0, shape).dtype).reshape(self._blank(1, shape).shape[1:]), None
+        if isinstance(self.reader, EncodedReader):
+            stored = torch.from_numpy(out[: self.reader.num_bytes(shape)])
+            return stored.view(self._blank(0, shape).dtype).reshape(self._blank(1, shape).shape[1:]), None
+        pixels, waveform = self.reader.layout(shape, out)
+        return torch.from_numpy(pixels), waveform
 
     @staticmethod
     def _states(raw: Mapping[str, RawStates]) -> dict[str, Encoded]:

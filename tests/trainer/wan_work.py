@@ -28,9 +28,10 @@ def make_experts(adapted: bool) -> Network:
     """Random everywhere, zero nowhere; about half of the clips are above the boundary."""
     expert = partial(WanTransformer, 24, 2, 2, 32, 16, 3, (2, 4, 4), text_length=12, level_dim=16)
     network = Network(WordEncoder(dim=16, heads=2, buckets=64, max_words=12), WanExperts(expert, 0.7))
+    initialise(network, 0)
     if adapted:
         add_adapters(network.transformer, rank=3)
-    initialise(network, 0)
+        initialise(network, 0)  # the adapters: what is frozen stays as it is
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(0, name, "away from zero"))
