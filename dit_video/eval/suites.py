@@ -91,7 +91,9 @@ class ParaphraseSuite(PromptSuite):
         rng = np.random.default_rng([self.seed, 5, get_args(Words).index(self.words)])
         asked = prompts(self.split, self.count, self.seed, self.num_frames)
         said = [paraphrase(rng, caption.attributes, self.words) for caption in asked]
-        return [self.ask(number, text, caption.attributes) for number, (text, caption) in enumerate(zip(said, asked, strict=True))]
+        return [
+            self.ask(number, text, caption.attributes) for number, (text, caption) in enumerate(zip(said, asked, strict=True))
+        ]
 
 
 @dataclass

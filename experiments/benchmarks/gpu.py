@@ -166,7 +166,11 @@ def training(words: tuple[str, ...], steps: int = 6, clips: int = 1) -> bool:
     config = compose("train", take_apart(words))
     data, hardware, plan = config.data, Hardware(**plain(config.trainer)), make_network(config)
     grid, frozen = plan.tokens.grid(data.num_frames, data.height, data.width), plan.text.is_frozen
-    shape = (clips, *token_grid(data.num_frames, data.height, data.width, plan.autoencoder.compression), plan.autoencoder.channels)
+    shape = (
+        clips,
+        *token_grid(data.num_frames, data.height, data.width, plan.autoencoder.compression),
+        plan.autoencoder.channels,
+    )
 
     def batches(first: int) -> Iterator[Batch]:
         for number in range(first, steps):
