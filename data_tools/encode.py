@@ -101,9 +101,9 @@ class _Encoder:
             found = self.text.states_of(caption)
             for number, each in enumerate((found, *found.others)):
                 name = f"{field}.{number}" if number else field
-                tensors[f"{name}.states"] = each.states.cpu().contiguous()
+                tensors[f"{name}.states"] = each.states.cpu().clone()  # two fields may say the same
                 if each.pooled is not None:
-                    tensors[f"{name}.pooled"] = each.pooled.cpu().contiguous()
+                    tensors[f"{name}.pooled"] = each.pooled.cpu().clone()
         return to_safetensors(tensors, note_of(self.encoding))
 
     @torch.no_grad()

@@ -161,6 +161,26 @@ def test_views_of_longer_sources_are_spread_evenly(world_shards: Path, wan: Diff
     assert starts == {0.0, 0.25, 0.5}
 
 
+def test_every_caption_field_has_states_of_its_own(world_shards: Path, minilm: PretrainedText, tmp_path: Path) -> None:
+    source = loader_of(world_shards)
+    samples = []
+    for number in range(8):
+        record = source.clips.record(number)
+        told = read_member(record, "txt").decode()
+        about = {"same": told, "other": f"{told}, again"}
+        samples.append({"__key__": record.key, "mp4": read_member(record, "mp4"), "txt": told, "json": about})
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / "00000.tar", samples)
+    fields = {"txt": 1.0, "json.same": 1.0, "json.other": 2.0}
+    encode_shards(tmp_path / "out", loader_of(tmp_path / "in", captions=fields), Pixels(), minilm)
+    for raw, cached in zip(
+        first(loader_of(tmp_path / "in", captions=fields), 4), first(loader_of(tmp_path / "out", captions=fields), 4), strict=True
+    ):
+        assert cached.captions == raw.captions and cached.encoded is not None
+        for caption, encoded in zip(cached.captions, cached.encoded, strict=True):
+            assert encoded is not None and torch.equal(encoded.states, minilm.states_of(caption).states)
+
+
 # --------------------------------------------------------------------------- refused
 
 
