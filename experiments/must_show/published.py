@@ -58,19 +58,26 @@ def autoencoders() -> None:
 def paraphrases() -> None:
     """Line 3: the world told by MiniLM, judged on wordings never seen, beside the learned encoder."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {}
+        world = f"{folder}/world"
+        made = [*PROGRAM, "data", "world", "paraphrases=2", f"out={world}"]
+        subprocess.run(made, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+        shards = [f"data.shards={world}/*.tar", f"validation.shards={world}/validation/*.tar"]
         for experiment in ("world_minilm", "world_words"):
             run = f"{folder}/runs/{experiment}"
-            words = [f"experiment={experiment}", f"name={experiment}", f"runs={folder}/runs", "logger=none"]
+            words = [f"experiment={experiment}", f"name={experiment}", f"runs={folder}/runs", "logger=none", *shards]
             subprocess.run([*PROGRAM, "train", *words], cwd=ROOT, env=ENVIRONMENT, check=True, stderr=subprocess.DEVNULL)
             judge = [*PROGRAM, "evaluate", f"run={run}", "eval=world_paraphrases"]
             subprocess.run(judge, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             spent = json.loads(Path(run, "summary.json").read_text())
             line(3, f"{experiment}, budget", f"{spent['clips']:,} clips, {spent['training_core_seconds']:,.0f} core-seconds")
             metrics = json.loads(Path(run, "evaluation.json").read_text())["metrics"]
-            for suite, bound in (("seen", 0.95), ("paraphrases", 0.90), ("held_out_paraphrases", None)):
+            for suite, bound in (
+                ("seen", 0.95),
+                ("paraphrases_seen", None),
+                ("paraphrases", 0.90),
+                ("held_out_paraphrases", None),
+            ):
                 each = metrics[f"adherence.{suite}.all"]
-                found[experiment, suite] = each["value"]
                 told = f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f}) of {each['count']}"
                 bounded = bound is not None and experiment == "world_minilm"
                 line(3, f"{experiment}, {suite}, all attributes right", told, each["value"] >= bound if bounded else None)
