@@ -217,17 +217,27 @@ def _write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _taken(path: Path) -> Iterator[BinaryIO | None]:
-    """The file that a shard is written into, for this process alone; none where the shard is there, or another process's."""
+    """The file that a shard is written into, for this process alone; none where the shard is there, or another process's.
+
+    The lock is on a file beside it that nothing else opens: a process that closes any handle of a file gives up its locks on it.
+    """
     if path.exists():
         yield None
         return
-    with os.fdopen(os.open(_partial(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as held:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None
             return
-        yield None if path.exists() else file  # another has finished it since
+        if path.exists():  # another has finished it since
+            lock.unlink(missing_ok=True)
+            yield None
+            return
+        with os.fdopen(os.open(_partial(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            yield file
+        lock.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:

@@ -148,6 +148,12 @@ def test_killed_processes_and_several_at_once_leave_every_clip_once(
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    # a shard that was begun is taken by one of two processes alone
+    (out / "00001.tar").rename(out / "00001.tar.partial")
+    (out / "00001.index.safetensors").unlink()
+    (out / "00001.tar.partial").write_bytes((out / "00001.tar.partial").read_bytes()[:200_000])
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    assert not list(out.glob("*.partial")) and not list(out.glob(".*.lock"))
     latents = {name: data for name, data in files_of(out).items() if name.endswith(".tar")}
     assert latents == {name: data for name, data in files_of(encoded).items() if name.endswith(".tar")}
 
