@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,17 +20,19 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as to_safetensors
 
 from dit_video.build import check_whole, make, make_autoencoder, make_network, make_text
 from dit_video.data.buckets import ClipShape
-from dit_video.data.encoding import BYTES, LATENTS, NOTHING, TEXT, Encoding, note_of
+from dit_video.data.encoding import BYTES, LATENTS, NOTHING, TEXT, Encoding, note_of, read_note
 from dit_video.data.errors import BadDataError
+from dit_video.data.files import ShardFile, size_of
 from dit_video.data.index import build, save
 from dit_video.data.loader import ClipLoader
 from dit_video.data.pool import DecodePool, Failure, Result
 from dit_video.data.reader import ClipReader, Job, ReadClip
-from dit_video.data.shards import ShardFile, members_of, sidecar
+from dit_video.data.shards import Member, members_of, sidecar
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.layers import initialise
 from dit_video.model.text import TextEncoder
@@ -39,6 +42,8 @@ from dit_video.shapes import to_float
 log = logging.getLogger(__name__)
 
 NOTE, SKIPPED = "encoding.json", "skipped.jsonl"
+RESERVED = ("num_frames", "height", "width", "fps", "start", "source")  # of a sample's json, which says what the clip is
+IN_A_ROW = 16  # clips that cannot be used, one after another, are no accident
 _RECORD = 512  # bytes that members of a tar are filled up to
 
 
@@ -50,7 +55,7 @@ def main(config: DictConfig) -> None:
         _start(config.processes)
         return
     text = make_text(config)
-    source = make(config.data, random_start=False, max_bad_fraction=1.0)
+    source = make(config.data, random_start=False, look=True)
     encode_shards(
         Path(config.out), source, make_autoencoder(config), text if text.is_frozen else None, config.dtype,
         config.logvar, config.views, config.device, make_network(config).takes_images,
@@ -100,7 +105,7 @@ class _Encoder:
         for field, caption in captions.items():
             found = self.text.states_of(caption)
             for number, each in enumerate((found, *found.others)):
-                name = f"{field}.{number}" if number else field
+                name = f"{number}/{field}"
                 tensors[f"{name}.states"] = each.states.cpu().clone()  # two fields may say the same
                 if each.pooled is not None:
                     tensors[f"{name}.pooled"] = each.pooled.cpu().clone()
@@ -148,6 +153,15 @@ def encode_shards(
     if source.audio is not None:
         raise ValueError("shards of latents hold no sound; set data.audio_rate=null")
     assert isinstance(source.reader, ClipReader)
+    for field in source.fields:
+        if field == "json" or field.removeprefix("json.") in RESERVED:
+            raise ValueError(
+                f"a caption's field {field} is taken by what a sample says of its clip; set data.captions to other names"
+            )
+    autoencoder.check()
+    if autoencoder.can_decode:
+        for shape in source.shapes:
+            autoencoder.check_clip(shape.num_frames, shape.height, shape.width)
     encoding = Encoding(
         autoencoder.name, autoencoder.compression, autoencoder.channels, "uint8" if isinstance(autoencoder, Pixels) else dtype,
         logvar, known, None if text is None else text.name,
@@ -157,7 +171,10 @@ def encode_shards(
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"two shards are called {twice}; encode them into folders of their own")
-    _claim(out, encoding)
+    if text is not None:
+        text.check()
+    _claim(out, encoding, source)
+    source.report.log()
     encoder = _Encoder(encoding, autoencoder, text, _device(device))
     if text is not None:
         initialise(text, 0)  # its learned null caption, which is not written
@@ -178,7 +195,9 @@ def encode_shards(
     for name, count in (text.summary() if text is not None else {}).items():
         if name.endswith("truncated") and count:
             log.warning("%d captions are longer than the text encoder reads, and were cut there (%s)", count, name)
+    refused = int((source.report.bucket < 0).sum())
     told = f"{out}: encoded {written} clips" + (f", {skipped} could not be used, see {SKIPPED}" if skipped else "")
+    told += f"; {refused} were in no bucket" if refused else ""
     Console(soft_wrap=True).print(told + (f"; {len(left)} shards are other processes'" if left else ""))
 
 
@@ -194,19 +213,30 @@ def _device(device: str | None) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def _claim(out: Path, encoding: Encoding) -> None:
-    """Makes the folder this encoding's, or ValueError where it is another's."""
+def _claim(out: Path, encoding: Encoding, source: ClipLoader) -> None:
+    """Makes the folder this encoding's, or ValueError where it is another's: of other encoders, captions, clips or sources."""
     note = out / NOTE
-    if note.is_file():
-        if note.read_text().strip() != encoding.to_json():
-            raise ValueError(
-                f"{out} was encoded otherwise: {note.read_text().strip()}, now {encoding.to_json()}; set out to another folder"
-            )
-        return
-    if out.exists() and any(out.glob("*.tar")):
+    shards = {_name(shard): size_of(shard) for shard in source.clips.shards}
+    about = {"encoding": encoding.to_json(), "captions": sorted(source.fields), "clips": source.num_clips, "shards": shards}
+    if note.is_file() and any(out.glob("*.tar*")):
+        try:
+            before = json.loads(note.read_text())
+            changed = [f"{key} {before[key]}, now {about[key]}" for key in ("encoding", "captions") if before[key] != about[key]]
+            changed += [
+                f"{name} of {before['shards'][name]} bytes, now {size}"
+                for name, size in shards.items() if before["shards"].get(name, size) != size
+            ]  # fmt: skip
+            if before["shards"].keys() == shards.keys() and before["clips"] != about["clips"]:
+                changed.append(f"clips {before['clips']}, now {about['clips']}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{note} cannot be read: {error!r}; set out to another folder") from error
+        if changed:
+            raise ValueError(f"{out} was encoded otherwise: {'; '.join(changed)}; set out to another folder, or remove this one")
+        about["shards"] = before["shards"] | shards
+    elif out.exists() and any(out.glob("*.tar")):
         raise ValueError(f"{out} holds shards that this tool did not write; set out to another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write(note, f"{encoding.to_json()}\n".encode())
+    _write(note, (json.dumps(about, indent=1) + "\n").encode())
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -246,10 +276,12 @@ def _partial(path: Path) -> Path:
 
 def _encode_shard(file: BinaryIO, path: Path, source: ClipLoader, number: int, encoder: _Encoder, views: int) -> Iterator[bool]:
     """Appends the samples that a shard still lacks; says of each whether it could be used."""
-    skipped = path.with_name(SKIPPED)
     done, end = _whole_samples(path)
-    done |= _known(skipped)
-    jobs = [(key, job) for key, job in _jobs(source, number, views) if f"{job.record.shard.name}:{key}" not in done]
+    jobs = [(key, job) for key, job in _jobs(source, number, views) if key not in done]
+    twice = [key for key, times in Counter(key for key, _ in jobs).items() if times > 1 or key in done]
+    if twice:
+        raise ValueError(f"two clips of {path.name} would be called {twice[0]}; rename one, or set views=1")
+    ledger, row = Skipped(path.with_name(SKIPPED)), 0
     file.seek(end)
     file.truncate()
     reader = source.reader
@@ -261,12 +293,17 @@ def _encode_shard(file: BinaryIO, path: Path, source: ClipLoader, number: int, e
     # webdataset's writer cannot go on in a file that was cut off
     with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for (key, job), outcome in zip(jobs, pool.map(job for _, job in jobs), strict=True):
-            name = f"{job.record.shard.name}:{key}"
+            name = f"{path.name}:{key}"
             if isinstance(outcome, Failure):
-                with skipped.open("a") as ledger:  # appended in one piece, whichever process does
-                    ledger.write(json.dumps({"key": name, "reason": outcome.reason}) + "\n")
+                ledger.add(name, outcome.reason)
+                row += 1
+                if row >= IN_A_ROW:
+                    raise BadDataError(
+                        f"{row} clips in a row cannot be used, the last is {name}: {outcome.reason}; see {ledger.path}"
+                    )
                 yield False
                 continue
+            row = 0
             assert isinstance(outcome, Result) and outcome.value is not None
             video, _ = reader.layout(job.shape, outcome.pixels)
             for extension, data in encoder.sample(name, outcome.value, job.shape, video).items():
@@ -295,7 +332,10 @@ def _jobs(source: ClipLoader, number: int, views: int) -> Iterator[tuple[str, Jo
 
 
 def _whole_samples(path: Path) -> tuple[set[str], int]:
-    """The names of a shard's samples that are whole in a file that may have been cut off, and where the last of them ends."""
+    """The keys of a shard's samples that are whole in a file that may have been cut off, and where the last of them ends.
+
+    The last ones are read too: after a loss of power a file may be as long as it was, and hold zeros.
+    """
     partial = _partial(path)
     if not partial.stat().st_size:
         return set(), 0
@@ -303,21 +343,59 @@ def _whole_samples(path: Path) -> tuple[set[str], int]:
         members, _ = members_of(partial)
     except BadDataError:  # cut off within its first header
         return set(), 0
-    whole = [(key, member) for key, extension, member in members if extension == "json"]
-    end = max((member.offset + member.size for _, member in whole), default=0)
-    return {f"{path.name}:{key}" for key, _ in whole}, -(-end // _RECORD) * _RECORD
+    samples: dict[str, dict[str, Member]] = {}
+    for key, extension, member in members:
+        samples.setdefault(key, {})[extension] = member
+    whole = {key: found for key, found in samples.items() if "json" in found and LATENTS in found}
+    while whole and not _readable(partial, next(reversed(whole.values()))):
+        whole.popitem()
+    end = max((found["json"].offset + found["json"].size for found in whole.values()), default=0)
+    return set(whole), -(-end // _RECORD) * _RECORD
 
 
-def _known(skipped: Path) -> set[str]:
-    """The clips that are known to be of no use."""
-    if not skipped.is_file():
-        return set()
-    return {json.loads(line)["key"] for line in skipped.read_text().splitlines() if line.endswith("}")}
+def _readable(partial: Path, members: Mapping[str, Member]) -> bool:
+    try:
+        with partial.open("rb") as file:
+            for extension, member in members.items():
+                file.seek(member.offset)
+                data = file.read(member.size)
+                if extension in (LATENTS, TEXT):
+                    read_note(data)
+                    deserialize(data)
+                elif extension == "json":
+                    json.loads(data)
+        return True
+    except (ValueError, SafetensorError):
+        return False
+
+
+class Skipped:
+    """A file with a line for each clip that could not be used; one that is tried again has one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, key: str, reason: str) -> None:
+        """Appends a line in one piece, whichever process does."""
+        if key not in self.known():
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "reason": reason}) + "\n")
+
+    def known(self) -> set[str]:
+        """The keys of all lines that can be read."""
+        keys = set()
+        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                keys.add(json.loads(line)["key"])
+        return keys
 
 
 def _finish(file: BinaryIO, path: Path) -> None:
     """Turns a file with all samples into the shard; its index is there first."""
     file.flush()
     os.fsync(file.fileno())
-    save(build(_partial(path), checksums=True, look=True), sidecar(path))
+    index = build(_partial(path), checksums=True, look=True)
+    if index.problems:
+        raise BadDataError(f"{_partial(path)}: {index.problems[0]}; remove it, and it is written anew")
+    save(index, sidecar(path))
     os.replace(_partial(path), path)

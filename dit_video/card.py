@@ -59,6 +59,7 @@ def _facts(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         "shape": f"{data['num_frames']} frames of {data['height']}x{data['width']} at {data['fps']:g} fps",
         "text encoder": _named(parts["text"], config.get("text", {})),
         "autoencoder": _named(parts["autoencoder"], config.get("autoencoder", {})),
+        "adapters beside": f"the weights of {config.get('init_from')} (`{meta.get('base')}`)" if config.get("lora") else None,
         "averaged with decay": ", ".join(f"{decay:g}" for decay in meta.get("ema_decays", [])),
         "core-seconds": f"{meta['core_seconds']:,.0f}" if "core_seconds" in meta else None,
     }

@@ -95,7 +95,7 @@ def export(
         save_file(values, folder / export_file(name), {"format": "pt"})
         print(f"{folder / export_file(name)}: {sizes[name]:,} numbers in {len(values)} tensors")
     write_text(folder / "README.md", model_card(Path(run), saved.meta, sizes, folder))
-    told = ("steps", "clips", "ema_decays", "code", "data", "torch", "metrics")
+    told = ("steps", "clips", "base", "encoders", "ema_decays", "code", "data", "torch", "metrics")
     about: dict[str, Any] = {name: saved.meta[name] for name in told if name in saved.meta}
     write_json(folder / "config.json", {"run": Path(run).name, **about, "config": saved.meta["config"]})
 

@@ -56,19 +56,33 @@ def _set_sizes(config: DictConfig, folder: Path, sizes: list[dict[str, Any]]) ->
     target = config.model.expert if "expert" in config.model else config.model
     for key, value in sizes[0].items():
         target[key] = list(value) if isinstance(value, tuple) else value
-    vae = _json(folder / "vae" / "config.json")
-    patch = int(vae.get("patch_size") or 1)
-    steps = sum(vae.get("temperal_downsample", [False, True, True]))
-    config.autoencoder.channels = int(vae.get("z_dim", 16))
-    space = patch * 2 ** (len(vae.get("dim_mult", [1, 2, 4, 4])) - 1)
-    config.autoencoder.compression = [2**steps, space, space]
-    text = _json(folder / "text_encoder" / "config.json")
-    config.text.dim = int(text.get("d_model", text.get("hidden_size", 4096)))
+    vae, text = folder / "vae" / "config.json", folder / "text_encoder" / "config.json"
+    about = _json(vae)
+    halved = about.get("temperal_downsample", [False, True, True])
+    if not isinstance(halved, list) or not all(isinstance(each, bool) for each in halved):
+        raise published.PublishedError(f"{vae}: temperal_downsample must be a list of true and false, got {halved!r}")
+    widths = about.get("dim_mult", [1, 2, 4, 4])
+    if not isinstance(widths, list) or not 1 <= len(widths) <= 8:
+        raise published.PublishedError(f"{vae}: dim_mult must be a list of numbers, got {widths!r}")
+    space = _whole(vae, about, "patch_size", 1, 16) * 2 ** (len(widths) - 1)
+    config.autoencoder.channels = _whole(vae, about, "z_dim", 16, 4096)
+    config.autoencoder.compression = [2 ** sum(halved), space, space]
+    config.text.dim = _whole(text, _json(text), "d_model", 4096, 65536)
     if "boundary" in config.model:
         told = _json(folder / "model_index.json").get("boundary_ratio")
-        config.model.boundary = float(told) if told is not None else config.model.boundary
+        if told is not None and (not isinstance(told, int | float) or not 0 <= told <= 1):
+            raise published.PublishedError(f"{folder / 'model_index.json'}: boundary_ratio must be in [0, 1], got {told!r}")
+        config.model.boundary = config.model.boundary if told is None else float(told)
         config.sampler.boundary = config.model.boundary
     OmegaConf.resolve(config)
+
+
+def _whole(path: Path, about: dict[str, Any], key: str, default: int, most: int) -> int:
+    value = about.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise published.PublishedError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
+    return value
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ runs/<name>/config.yaml        the resolved config
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -67,6 +68,7 @@ class Run:
         network = make_network(self.config, device="cpu")
         if self.config.get("lora"):
             start = start_in(Path(self.config.init_from), network)
+            check_base(start, saved_in(self.folder).meta.get("base"))
             checkpoint.warm_start(network, start, "ema")
             start.close()
         found = published.opened(self.folder) if published.is_published(self.folder) else saved_in(self.folder)
@@ -161,12 +163,38 @@ def saved_in(folder: Path, key: str = "run") -> Saved:
     return checkpoint.opened(path, checked=True)
 
 
+def identity(weights: Readable) -> str:
+    """A short name for weights, other for others: of every tensor's name, shape and first row, so that large ones are not read in whole."""
+    digest = hashlib.sha256()
+    for name, shape in sorted(weights.shapes("ema").items()):
+        row = weights.read("ema", name, slice(0, 1)) if shape else weights.read("ema", name)
+        digest.update(f"{name} {shape}".encode())
+        digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_base(weights: Readable, wanted: str | None) -> None:
+    """CheckpointError where weights beneath adapters are not those that the adapters were trained beside."""
+    if wanted and (found := identity(weights)) != wanted:
+        raise CheckpointError(
+            f"the adapters were trained beside weights {wanted}, and {weights.path} now holds {found}; set init_from to those weights"
+        )
+
+
 def start_in(folder: Path, network: Network) -> Readable:
     """Weights for a network to start from, open for reading: a run's averages, an export's, or published ones; errors as `saved_in`.
 
     CheckpointError where they lack weights that are frozen in the network, and so come from nowhere else.
     """
-    found: Readable = published.opened(folder) if published.is_published(folder) else saved_in(folder, "init_from")
+    if published.is_published(folder):
+        found: Readable = published.opened(folder)
+    else:
+        found = saved = saved_in(folder, "init_from")
+        config = saved.meta.get("config", {})
+        if config.get("lora"):
+            raise CheckpointError(
+                f"{folder} holds adapters beside the weights of {config.get('init_from')} and none of its own; set init_from to those"
+            )
     if adapters_of(network):
         found = under_adapters(network, found)
     frozen = {name: tuple(weight.shape) for name, weight in network.named_parameters() if not weight.requires_grad}

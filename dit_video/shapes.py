@@ -183,6 +183,12 @@ class Encoded:
     pooled: Float[Tensor, " p"] | None = None
     others: "tuple[Encoded, ...]" = ()  # of further encoders, in their order, where several read every caption
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of it."""
+        own = self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+        return own + sum(other.num_bytes for other in self.others)
+
     def to(self, device: torch.device | str) -> "Encoded":
         """The same on a device."""
         pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)

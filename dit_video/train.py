@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dit_video.build import check_whole, make, make_network, make_objective, make_sampler, make_text, make_trained, plain
 from dit_video.data.buckets import ClipShape
+from dit_video.data.encoding import NOTHING
 from dit_video.data.loader import ClipLoader
 from dit_video.eval.estimate import Estimate
 from dit_video.eval.judge import evaluate
@@ -29,7 +30,7 @@ from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.network import Network
 from dit_video.model.text import split_words
 from dit_video.objective.tasks import check_given
-from dit_video.runs import Lock, read_yaml, start_in, write_json, write_text
+from dit_video.runs import Lock, check_base, identity, read_yaml, start_in, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch
 from dit_video.trainer import checkpoint, heart
@@ -61,7 +62,8 @@ BESIDE_TRAINING = {
     "max_clips", "data.num_workers", "data.cache_bytes", "data.skipped_path", "data.timeout_seconds", "data.worker_bytes",
     "data.remote_cache", "data.remote_cache_bytes", "data.micro_batches", "trainer.devices", "trainer.num_nodes", "trainer.layout",
     "trainer.recompute", "trainer.compile", "trainer.threads", "trainer.gather_to_sample", "trainer.offload_ema", "trainer.max_hours",
-    "trainer.hang_seconds", "trainer.restarts", "optimisers.max_skips",
+    "trainer.hang_seconds", "trainer.restarts", "optimisers.max_skips", "init_from", "autoencoder.folder", "autoencoder.placement",
+    "text.folder", "text.tokenizer", "text.placement", "text.cache", "text.memory_bytes",
 }  # fmt: skip
 """Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
 
@@ -112,7 +114,17 @@ def train(config: DictConfig, folder: Path, hardware: Hardware, rank: int, spent
     if (nothing := loader.nothing()) is not None:
         module.network.text.take_nothing(nothing)
     stopping = Stopping(hardware.max_hours)
-    about = {"config": plain(config), "code": commit(), "data": loader.fingerprint, "torch": str(torch.__version__)}
+    encoders = encoders_of(module.network)
+    if saved and (then := saved.meta.get("encoders")) and not config.accept_changed_data:
+        by_first_rank(lambda: check_encoders(then, encoders))
+    about = {
+        "encoders": encoders,
+        "base": module.base,
+        "config": plain(config),
+        "code": commit(),
+        "data": loader.fingerprint,
+        "torch": str(torch.__version__),
+    }
     callbacks = [stopping, *make_callbacks(config, folder, module, saved, spent, about, stopping)]
     loggers: list[Logger] = []
     if rank == 0:
@@ -234,7 +246,7 @@ def reads_states(config: DictConfig) -> bool:
     return make_text(config).is_frozen
 
 
-def check_encoding(config: DictConfig, loader: ClipLoader) -> None:
+def check_encoding(config: DictConfig, loader: ClipLoader, key: str = "data.shards") -> None:
     """ValueError where the clips were encoded with another autoencoder or text encoder, or are to be encoded and cannot be."""
     network, found = make_network(config), loader.encoding
     autoencoder, text = network.autoencoder, network.text
@@ -246,22 +258,49 @@ def check_encoding(config: DictConfig, loader: ClipLoader) -> None:
     if (found.compression, found.channels) != (tuple(autoencoder.compression), autoencoder.channels):
         raise ValueError(
             f"{shards} was encoded by {found.autoencoder}, {found.channels} channels of {found.compression} pixels, and the model is to "
-            f"be trained with {autoencoder.channels} of {tuple(autoencoder.compression)}; set autoencoder, or data.shards"
+            f"be trained with {autoencoder.channels} of {tuple(autoencoder.compression)}; set autoencoder, or {key}"
         )
-    if not autoencoder.can_decode:
-        log.warning("latents are of %s; autoencoder.folder is null, so nothing is sampled or evaluated", found.autoencoder)
-    elif found.autoencoder != autoencoder.name:
+    if autoencoder.can_decode and found.autoencoder != autoencoder.name:
         raise ValueError(
             f"{shards} was encoded by {found.autoencoder}, and the model is to be trained with {autoencoder.name}; set autoencoder.folder, "
-            "or data.shards"
+            f"or {key}"
         )
     if found.text is None:
         text.check()  # captions are encoded as they come
     elif text.is_frozen and text.is_here and found.text != text.name:
         raise ValueError(
-            f"the captions of {shards} were encoded by {found.text}, and the model is to be trained with {text.name}; set text, or "
-            "data.shards"
+            f"the captions of {shards} were encoded by {found.text}, and the model is to be trained with {text.name}; set text, or {key}"
         )
+    if (
+        text.is_frozen
+        and not text.is_here
+        and text.needs_nothing
+        and loader.nothing() is None
+        and config.objective.caption_dropout
+    ):
+        raise ValueError(
+            f"{NOTHING} is not beside {shards}, and without it the text encoder has to read the empty caption; copy it, or set text.folder"
+        )
+
+
+def encoders_of(network: Network) -> dict[str, str | None]:
+    """Who makes latents and states, by fingerprint; none of what is not here, or is trained along."""
+    text, autoencoder = network.text, network.autoencoder
+    return by_first_rank(
+        lambda: {
+            "autoencoder": autoencoder.name if autoencoder.can_decode else None,
+            "text": text.name if text.is_frozen and text.is_here else None,
+        }
+    )
+
+
+def check_encoders(then: dict[str, str | None], now: dict[str, str | None]) -> None:
+    """ValueError where a run would go on with other latents or states than it was begun with."""
+    for part, name in then.items():
+        if name and now.get(part) and now[part] != name:
+            raise ValueError(
+                f"this run was begun with {name}, and {part}.folder now holds {now[part]}; bring it back, or set accept_changed_data=true"
+            )
 
 
 def check_data(before: Path, loader: ClipLoader) -> None:
@@ -306,12 +345,23 @@ def make_module(config: DictConfig, saved: Saved | None, hardware: Hardware) -> 
     """The module; its weights have no memory yet, and begin as the seed says, or as another run's."""
     network, optimisers = make_network(config), make(config.optimisers)
     begin = find_start(network, Path(config.init_from)) if config.init_from and (config.get("lora") or not saved) else None
+    base = by_first_rank(lambda: _base_of(network, config, saved)) if config.get("lora") else None
     build = make(config.module, _partial_=True)  # Hydra would turn what it is given into plain data
     module: VideoDiffusion = build(
         network, make_objective(config), optimisers, config.max_clips, decays_of(config), hardware.parallel, config.seed, begin,
         hardware.offload_ema,
     )  # fmt: skip
+    module.base = base
     return module
+
+
+def _base_of(network: Network, config: DictConfig, saved: Saved | None) -> str:
+    """Which weights the adapters stand beside; CheckpointError where they once stood beside others."""
+    start = start_in(Path(config.init_from), network)
+    check_base(start, saved.meta.get("base") if saved else None)
+    found = identity(start)
+    start.close()
+    return found
 
 
 def find_start(network: Network, run: Path) -> Begin:
@@ -360,7 +410,7 @@ def make_callbacks(
         Request(prompt, config.seed + number, data.num_frames, data.height, data.width, data.fps)
         for number, prompt in enumerate(config.sample_prompts)
     ]
-    sees = module.network.autoencoder.can_decode
+    sees = can_sample(module.network)
     for request in requests if sees else ():
         check_request(request, make_trained(module.network, module.objective))
     callbacks: list[L.Callback] = [
@@ -389,11 +439,24 @@ def make_callbacks(
             states=reads_states(config),
             **ALL_AT_ONCE,
         )
+        by_first_rank(lambda: check_encoding(config, held_out, "validation.shards"))
         callbacks.append(ValidationLoss(every.validate, held_out.one_pass))
     saving = Saving(
         every.save, folder / "checkpoints", make_keep(config), saved, spent, about, asynchronous=config.checkpoints.asynchronous
     )
     return [*callbacks, SkippedSteps(folder / "skipped_steps.jsonl"), saving]
+
+
+def can_sample(network: Network) -> bool:
+    """Whether prompts alone can be made into clips with what is here; a warning says why not."""
+    lacking = {
+        "autoencoder.folder is null": not network.autoencoder.can_decode, "text.folder is null": not network.text.is_here,
+        "the model makes clips from first frames": network.takes_images,
+    }  # fmt: skip
+    for why, it_does in lacking.items():
+        if it_does:
+            log.warning("%s, so nothing is sampled or evaluated while training", why)
+    return not any(lacking.values())
 
 
 def cost_of(config: DictConfig) -> Callable[[ClipShape], float]:

@@ -31,7 +31,13 @@ SOLVERS: dict[str, tuple[Any, Any, Any]] = {
         diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
     ),
 }  # fmt: skip
-KINDS = {"t2v": ("t2v",), "two experts": ("t2v", "t2v"), "ti2v": ("ti2v",), "i2v_2.2": ("i2v_2.2",)}
+KINDS = {
+    "t2v": ("t2v",),
+    "two experts": ("t2v", "t2v"),
+    "ti2v": ("ti2v",),
+    "i2v_2.2": ("i2v_2.2",),
+    "i2v of two": ("i2v_2.2", "i2v_2.2"),
+}
 
 
 def write_pipeline(folder: Path, kind: str) -> Any:
@@ -46,10 +52,11 @@ def write_pipeline(folder: Path, kind: str) -> Any:
     ).eval()  # fmt: skip
     own = [reference(each, seed, text_dim=24) for seed, each in enumerate(KINDS[kind])]
     scheduler, second = SOLVERS["unipc"][2], own[1] if len(own) > 1 else None
-    if kind in ("ti2v", "i2v_2.2"):
+    if "i2v" in kind:
         pipeline = diffusers.WanImageToVideoPipeline(
-            tokenizer, text, vae, scheduler, transformer=own[0], expand_timesteps=kind == "ti2v"
-        )
+            tokenizer, text, vae, scheduler, transformer=own[0], transformer_2=second, expand_timesteps=kind == "ti2v",
+            boundary_ratio=0.875 if second is not None else None,
+        )  # fmt: skip
     else:
         pipeline = diffusers.WanPipeline(
             tokenizer, text, vae, scheduler, own[0], second, boundary_ratio=0.875 if second is not None else None
@@ -80,7 +87,7 @@ def test_a_clip_is_the_pipelines(tmp_path: Path, kind: str, how: str, record_pro
     pipeline = write_pipeline(tmp_path, kind)
     solver, schedule, pipeline.scheduler = SOLVERS[how]
     run = opened(tmp_path / "pipeline")
-    low = 2.0 if kind == "two experts" else None
+    low = 2.0 if len(KINDS[kind]) > 1 else None
     sampler = Sampler(
         STEPS,
         GUIDANCE,
@@ -95,7 +102,7 @@ def test_a_clip_is_the_pipelines(tmp_path: Path, kind: str, how: str, record_pro
     more: dict[str, Any] = {}
     if low:
         asked["guidance_scale_2"] = low
-    if kind in ("ti2v", "i2v_2.2"):
+    if "i2v" in kind:
         frame = np.random.default_rng(2).integers(0, 256, (1, SIZE["height"], SIZE["width"], 3), np.uint8)
         more = {"given": frame, "task": "image_to_video"}
         asked["image"] = torch.from_numpy(frame[0]).movedim(-1, 0)[None] / 255

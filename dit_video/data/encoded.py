@@ -1,8 +1,8 @@
 """Clips that are stored as latents, with captions that are stored as states, read as any other clip.
 
 A sample holds key.latents.safetensors (mean, and logvar and known where they were kept, all `t h w c`), key.text.safetensors (for each
-caption field, such as txt, txt.states `l d` and, where there is one, txt.pooled), the captions themselves, and key.json with the clip's
-shape. Worker processes read them without torch.
+caption field, such as txt, 0/txt.states `l d` and, where there is one, 0/txt.pooled; 1/ of a second encoder), the captions themselves,
+and key.json with the clip's shape. Worker processes read them without torch.
 """
 
 import zlib
@@ -60,7 +60,7 @@ class EncodedReader:
 
     def _tensors(self, data: bytes, what: str) -> dict[str, dict[str, Any]]:
         try:
-            if read_note(data)[0] != self.encoding.to_json():
+            if Encoding.from_json(read_note(data)[0]).essence != self.encoding.essence:
                 raise ValueError("made otherwise than its shard's index says")
             return dict(deserialize(data))
         except (SafetensorError, ValueError) as error:
@@ -83,7 +83,7 @@ class EncodedReader:
         tensors = self._tensors(data, "states")
         states = {}
         for field in captions:
-            first, *others = (self._raw(tensors, name) for name in (field, *_more(tensors, field)))
+            first, *others = (self._raw(tensors, name) for name in _names(tensors, field))
             states[field] = replace(first, others=tuple(others))
         return states
 
@@ -97,9 +97,10 @@ class EncodedReader:
         return RawStates(kind, shape, bytes(found["data"]), None if pooled is None else bytes(pooled["data"]))
 
 
-def _more(tensors: Mapping[str, Any], field: str) -> Iterator[str]:
-    """The names of states that further encoders gave a caption."""
+def _names(tensors: Mapping[str, Any], field: str) -> Iterator[str]:
+    """What the states are called that each encoder gave a caption; one there must be."""
+    yield f"0/{field}"
     for number in count(1):
-        if f"{field}.{number}.states" not in tensors:
+        if f"{number}/{field}.states" not in tensors:
             return
-        yield f"{field}.{number}"
+        yield f"{number}/{field}"

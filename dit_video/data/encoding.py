@@ -30,13 +30,19 @@ class Encoding:
         """One line that is the same for equal encodings."""
         return json.dumps(asdict(self), sort_keys=True)
 
+    @property
+    def essence(self) -> str:
+        """The same for encodings whose latents and states may be mixed, whatever clips were cut from."""
+        return json.dumps({key: value for key, value in asdict(self).items() if key != "clips"}, sort_keys=True)
+
     @classmethod
     def from_json(cls, text: str) -> "Encoding":
         """Undoes to_json; ValueError where it is no encoding."""
         try:
             found = json.loads(text)
             made = cls(**found | {"compression": tuple(found["compression"])})
-            if made.dtype not in BYTES or len(made.compression) != 3 or min(*made.compression, made.channels) < 1:
+            sizes = (*made.compression, made.channels)
+            if made.dtype not in BYTES or len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
                 raise ValueError(f"it is {made}")
             return made
         except (ValueError, TypeError, KeyError) as error:
@@ -77,11 +83,11 @@ def encoding_of(first_bytes: bytes) -> str:
 
 def one_encoding(found: Sequence[tuple[str, str]]) -> Encoding | None:
     """The encoding of shards, given by name, of which none, or all alike, have any; ValueError naming two that differ."""
-    different = {note: name for name, note in reversed(found)}
+    different = {Encoding.from_json(note).essence if note else "": (note, name) for name, note in reversed(found)}
     if len(different) > 1:
-        (one, first), (other, second) = sorted(different.items(), key=lambda item: item[1])[:2]
+        (one, first), (other, second) = sorted(different.values(), key=lambda each: each[1])[:2]
         raise ValueError(f"{first} and {second} were not made alike: {differences(one, other)}")
-    note = next(iter(different), "")
+    note = next(iter(different.values()), ("", ""))[0]
     return Encoding.from_json(note) if note else None
 
 
@@ -90,4 +96,4 @@ def differences(one: str, other: str) -> str:
     a, b = (asdict(Encoding.from_json(note)) if note else {} for note in (one, other))
     if not a or not b:
         return "one holds latents, the other does not"
-    return "; ".join(f"{key} {a[key]} and {b[key]}" for key in a if a[key] != b[key])
+    return "; ".join(f"{key} {a[key]} and {b[key]}" for key in a if a[key] != b[key] and key != "clips")

@@ -70,6 +70,7 @@ class _Cached:
     captions: dict[str, str]
     audio: torch.Tensor | None = None
     has_audio: bool = False
+    start: float = 0.0
     states: dict[str, Encoded] = field(default_factory=dict)  # of its captions, by field
 
 
@@ -121,6 +122,7 @@ class ClipLoader:
         audio_rate: int | None = None,
         audio_channels: int = 1,
         states: bool = True,
+        look: bool = False,
     ) -> None:
         if decoder not in DECODERS:
             raise ValueError(f"there is no decoder {decoder!r}; set data.decoder to one of {', '.join(DECODERS)}")
@@ -158,7 +160,7 @@ class ClipLoader:
         store = Store(remote_cache, remote_cache_bytes, seed=seed)
         paths = {name: expand_shards(source["shards"], store) for name, source in named.items()}
         weights = [float(source.get("weight", 1.0)) for source in named.values()]
-        self.clips = Clips([path for each in paths.values() for path in each], look=len(self.shapes) > 1)
+        self.clips = Clips([path for each in paths.values() for path in each], look=look or len(self.shapes) > 1)
         try:
             self.encoding = one_encoding([(str(shard), index.encoding) for shard, index in self.clips.indices() if len(index)])
         except ValueError as error:
@@ -238,7 +240,7 @@ class ClipLoader:
         """The bucket of every clip; with one bucket, what the index does not know is left for the decoder to find out."""
         columns = self.clips.columns()
         chosen = assign(self.shapes, columns["frames"], columns["fps"], columns["height"], columns["width"])
-        if len(self.shapes) == 1:
+        if len(self.shapes) == 1 and self.encoding is None:
             chosen[chosen == NO_SHAPE] = 0
         chosen[~columns["fetched"]] = NOT_FETCHED
         if self.encoding is not None:
@@ -390,7 +392,12 @@ class ClipLoader:
                     else:
                         content, waveform = self._content(shape, outcome.pixels)
                         video[row], starts[row] = content, outcome.value.start
-                        clip = _Cached(video[row], outcome.value.captions, states=self._states(outcome.value.states))
+                        clip = _Cached(
+                            video[row],
+                            outcome.value.captions,
+                            start=outcome.value.start,
+                            states=self._states(outcome.value.states),
+                        )
                         if audio is not None and waveform is not None:
                             audio[row], has_audio[row] = torch.from_numpy(waveform), outcome.value.has_audio
                             clip = replace(clip, audio=audio[row], has_audio=outcome.value.has_audio)
@@ -399,7 +406,7 @@ class ClipLoader:
                         if outcome.value.checksums:
                             self.clips.learn(entry.number, outcome.value.checksums)
                 else:
-                    video[row], has_audio[row] = clip.video, clip.has_audio
+                    video[row], has_audio[row], starts[row] = clip.video, clip.has_audio, clip.start
                     if audio is not None and clip.audio is not None:
                         audio[row] = clip.audio
                 self.ledger.account(bad)
@@ -445,7 +452,7 @@ class ClipLoader:
 
     def _keep(self, entry: _Entry, clip: _Cached) -> None:
         size = self.reader.num_bytes(self.shapes[entry.bucket])
-        size += sum(states.states.nbytes for states in clip.states.values())
+        size += sum(states.num_bytes for states in clip.states.values())
         if self._cached_bytes + size <= self.cache_bytes and (entry.bucket, entry.number) not in self._cache:
             self._cache[entry.bucket, entry.number] = replace(
                 clip, video=clip.video.clone(), audio=None if clip.audio is None else clip.audio.clone()

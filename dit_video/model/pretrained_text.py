@@ -162,6 +162,10 @@ class PretrainedText(TextEncoder):
             return self.nothing or self.remembered("")
         return self.remembered(caption)
 
+    @property
+    def needs_nothing(self) -> bool:
+        return self.no_caption == "encoded"
+
     def take_nothing(self, states: Encoded) -> None:
         self.nothing = self._checked(states)
 
@@ -262,6 +266,10 @@ class Several(TextEncoder):
         """A caption's states of every encoder, in the host's memory; all must be frozen."""
         first, *others = [encoder.states_of(caption) for encoder in self._each()]
         return Encoded(first.states, first.pooled, tuple(others))
+
+    @property
+    def needs_nothing(self) -> bool:
+        return any(encoder.needs_nothing for encoder in self._each())
 
     def take_nothing(self, states: Encoded) -> None:
         for encoder, own in zip(self._each(), self._split(states), strict=True):

@@ -59,6 +59,11 @@ class TextEncoder(nn.Module):
         """A caption's states, in the host's memory; of frozen encoders alone."""
         raise NotImplementedError
 
+    @property
+    def needs_nothing(self) -> bool:
+        """Whether no caption is told by the states of the empty one, and not by a learned state."""
+        return False
+
     def take_nothing(self, states: Encoded) -> None:
         """Told the states of the empty caption that lie beside encoded clips, a frozen encoder need not make them."""
 

@@ -80,6 +80,7 @@ class VideoDiffusion(L.LightningModule):
         self.skipped: Skipped | None = None  # the latest step, if it was left out
         self.votes: dict[str, bool] = {}  # what callbacks of this rank say to all others with the next step
         self.counts: dict[str, int] = {}  # how many ranks said so in the latest step; the same on every rank
+        self.base: str | None = None  # which weights adapters stand beside, where only they are trained
         self.latest: dict[str, float] = {}  # numbers recorded, the latest of each name
 
     # ------------------------------------------------------------------ before training

@@ -1,5 +1,6 @@
 """Encoding clips once: what training gets is the same, cut off or not, by one process or several, and never another encoder's."""
 
+import json
 import os
 import signal
 import subprocess
@@ -248,8 +249,103 @@ def test_a_clip_whose_note_is_another_is_left_out(encoded: Path, tmp_path: Path)
 def test_an_index_that_is_gone_is_built_anew_with_its_note(encoded: Path, tmp_path: Path) -> None:
     shard = tmp_path / "00000.tar"
     shard.write_bytes((encoded / "00000.tar").read_bytes())
-    assert index_of(shard).encoding == (encoded / "encoding.json").read_text().strip()
+    assert (
+        index_of(shard).encoding
+        == index_of(encoded / "00000.tar").encoding
+        == json.loads((encoded / "encoding.json").read_text())["encoding"]
+    )
     assert loader_of(tmp_path).num_clips == 32
+
+
+def clip_of(world_shards: Path, number: int = 0) -> dict[str, Any]:
+    """A clip's members, to be told otherwise."""
+    record = loader_of(world_shards).clips.record(number)
+    return {"mp4": read_member(record, "mp4"), "txt": read_member(record, "txt").decode()}
+
+
+def shard_of(folder: Path, name: str, *samples: tuple[str, dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_shard(folder / name, ({"__key__": key, **members} for key, members in samples))
+    return folder / name
+
+
+def test_a_shard_of_any_name_goes_on_where_it_was_cut_off(world_shards: Path, tmp_path: Path) -> None:
+    clip = clip_of(world_shards)
+    source = [str(shard_of(tmp_path / "in", "part-0", *((f"folder/k{number}", clip) for number in range(4))))]
+    encode_shards(tmp_path / "out", loader_of(source), Pixels())
+    whole = (tmp_path / "out" / "part-0.tar").read_bytes()
+    (tmp_path / "out" / "part-0.tar").unlink()
+    for tail in (whole[: len(whole) // 2], whole[: len(whole) // 2] + bytes(20_000), whole[:-30_000] + bytes(30_000)):
+        (tmp_path / "out" / "part-0.tar.partial").write_bytes(tail)
+        encode_shards(tmp_path / "out", loader_of(source), Pixels())
+        assert (tmp_path / "out" / "part-0.tar").read_bytes() == whole
+        (tmp_path / "out" / "part-0.tar").unlink()
+
+
+def test_views_need_no_index_and_their_names_may_not_collide(world_shards: Path, tmp_path: Path) -> None:
+    clip, short = clip_of(world_shards), {"num_frames": 5}
+    shard = shard_of(tmp_path / "in", "0.tar", ("a", clip), ("b", clip))
+    encode_shards(tmp_path / "out", loader_of([str(shard)], look=True, **short), Pixels(), views=2)
+    assert loader_of(tmp_path / "out", **short).num_clips == 4
+    shard = shard_of(tmp_path / "in", "1.tar", ("a", clip), ("a-view0", clip), ("a-view0-view1", clip))
+    with pytest.raises(ValueError, match="two clips of 1.tar would be called"):
+        both = shard_of(tmp_path / "in", "1.tar", ("a", clip), ("a-view0", {"txt": "still", **still(tmp_path)}))
+        images = {"buckets": [{"num_frames": 5}, {"num_frames": 1}]}
+        encode_shards(tmp_path / "twice", loader_of([str(both)], look=True, **images), Pixels(), views=2)
+
+
+def still(folder: Path) -> dict[str, bytes]:
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(folder / "still.png")
+    return {"png": (folder / "still.png").read_bytes()}
+
+
+def test_what_a_folder_was_made_of_may_not_change_under_it(world_shards: Path, wan: DiffusersAutoencoder, tmp_path: Path) -> None:
+    clip = clip_of(world_shards)
+    told = {**clip, "json": {"source": "of old", "short": "in short"}}
+    shard = shard_of(tmp_path / "in", "0.tar", *((f"k{number}", told) for number in range(3)))
+    with pytest.raises(ValueError, match="json.source is taken"):
+        encode_shards(tmp_path / "out", loader_of([str(shard)], captions={"json.source": 1.0}), Pixels())
+    with pytest.raises(ValueError, match="set num_frames"):  # and the folder is still free
+        encode_shards(tmp_path / "out", loader_of([str(shard)], num_frames=8), wan)
+    encode_shards(tmp_path / "out", loader_of([str(shard)]), Pixels())
+    with pytest.raises(ValueError, match="was encoded otherwise: captions"):
+        encode_shards(tmp_path / "out", loader_of([str(shard)], captions={"json.short": 1.0}), Pixels())
+    with pytest.raises(ValueError, match="was encoded otherwise: clips 3, now 1"):
+        encode_shards(tmp_path / "out", loader_of([str(shard)], max_clips=1), Pixels())
+    other = shard_of(tmp_path / "other", "0.tar", ("k0", clip))
+    with pytest.raises(ValueError, match="0.tar of .* bytes, now"):
+        encode_shards(tmp_path / "out", loader_of([str(other)]), Pixels())
+    more = shard_of(tmp_path / "in", "1.tar", ("k9", clip))
+    encode_shards(tmp_path / "out", loader_of([str(shard), str(more)]), Pixels())  # a source may grow
+    assert loader_of(tmp_path / "out").num_clips == 4
+
+
+def test_broken_clips_are_listed_and_too_many_stop_it(world_shards: Path, tmp_path: Path) -> None:
+    clip, broken = clip_of(world_shards), {"mp4": b"no video", "txt": "nothing"}
+    shard = shard_of(tmp_path / "in", "0.tar", ("a", clip), ("b", broken), ("c", clip))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "skipped.jsonl").write_text('{"key": "half a li\n')
+    encode_shards(tmp_path / "out", loader_of([str(shard)]), Pixels())
+    assert loader_of(tmp_path / "out").num_clips == 2
+    assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()[1])["key"] == "0.tar:b"
+    shard = shard_of(tmp_path / "in", "1.tar", *((f"b{number:02d}", broken) for number in range(20)))
+    with pytest.raises(BadDataError, match="16 clips in a row"):
+        encode_shards(tmp_path / "all", loader_of([str(shard)]), Pixels())
+
+
+def test_films_and_photos_that_were_encoded_apart_are_mixed(
+    world_shards: Path, wan: DiffusersAutoencoder, tmp_path: Path
+) -> None:
+    films = shard_of(tmp_path / "in", "0.tar", *((f"f{number}", clip_of(world_shards)) for number in range(4)))
+    photos = shard_of(tmp_path / "photos", "0.tar", *((f"p{number}", {"txt": "red", **still(tmp_path)}) for number in range(4)))
+    encode_shards(tmp_path / "a", loader_of([str(films)]), wan, dtype="float32")
+    encode_shards(tmp_path / "b", loader_of([str(photos)], num_frames=1), wan, dtype="float32", views=2)
+    sources = {name: {"shards": f"{tmp_path}/{name}/*.tar"} for name in ("a", "b")}
+    loader = ClipLoader(None, 4, **SHAPE, sources=sources, buckets=[{}, {"num_frames": 1}])
+    shapes = {tuple(batch.latents.shape[1:]) for batch in first(loader, 8) if batch.latents is not None}
+    assert shapes == {(3, 4, 4, 16), (1, 4, 4, 16)}
 
 
 # --------------------------------------------------------------------------- training
