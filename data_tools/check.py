@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, deserialize
 
 from dit_video.data.audio import decode_all_audio
 from dit_video.data.decode import decode_all
-from dit_video.data.files import ShardFile, expand_shards
+from dit_video.data.encoding import LATENTS, NOTHING, TEXT, Encoding, read_note
+from dit_video.data.files import ShardFile, exists, expand_shards, open_file
 from dit_video.data.index import (
     AUDIO_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -52,13 +54,24 @@ class CheckClip:
                 found += decode_all(data) if self.frames else 1
             elif extension in IMAGE_EXTENSIONS:
                 found += len(read_image(data, 1, 1)) if self.frames else 1
+            elif extension in (LATENTS, TEXT):
+                self._encoded(extension, data)
+                found += extension == LATENTS
             if self.audio and extension in (*VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS):
                 decode_all_audio(data)
         if not found:
-            raise ValueError(f"no video or image among {sorted(record.members)}")
+            raise ValueError(f"no video, image or latents among {sorted(record.members)}")
         caption_members(record, self.captions, self.max_caption_chars)
         captions_of(members, self.captions, self.max_caption_chars)
         return found
+
+    @staticmethod
+    def _encoded(extension: str, data: bytes) -> None:
+        try:
+            Encoding.from_json(read_note(data)[0])
+            deserialize(data)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"its {extension} cannot be used: {error}") from error
 
 
 def check_shards(
@@ -111,6 +124,10 @@ def check_shards(
     if out is not None:
         for path, kept, dropped in _repair(clips, {*bad, *np.flatnonzero(~fetched).tolist()}, out):
             console.print(f"{path}: {kept} clips kept, {dropped} dropped", markup=False)
+        beside = paths[0].with_name(NOTHING)  # which a training from encoded shards may need
+        if exists(beside):
+            with open_file(beside) as file:
+                (out / NOTHING).write_bytes(file.read())
     if bare:
         console.print(f"{len(bare)} of {len(paths)} shards have no checksums: a bit flipped in a frame may go unnoticed in them")
     if bad or problems or not fetched.any():

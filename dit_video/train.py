@@ -345,7 +345,7 @@ def make_module(config: DictConfig, saved: Saved | None, hardware: Hardware) -> 
     """The module; its weights have no memory yet, and begin as the seed says, or as another run's."""
     network, optimisers = make_network(config), make(config.optimisers)
     begin = find_start(network, Path(config.init_from)) if config.init_from and (config.get("lora") or not saved) else None
-    base = by_first_rank(lambda: _base_of(network, config, saved)) if config.get("lora") else None
+    base = by_first_rank(lambda: _base_of(network, config, saved)) if config.get("lora") and config.init_from else None
     build = make(config.module, _partial_=True)  # Hydra would turn what it is given into plain data
     module: VideoDiffusion = build(
         network, make_objective(config), optimisers, config.max_clips, decays_of(config), hardware.parallel, config.seed, begin,

@@ -8,7 +8,8 @@ A begins random and B at zero, so that nothing changes at first; everything but 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dit_video.model.layers import Linear
 from dit_video.model.published import PublishedError, Readable, module_name, own_module_name
@@ -71,12 +73,25 @@ def _inject(transformer: Transformer, ranks: Mapping[str, int], scale: float) ->
         target_modules=list(ranks), r=1, lora_alpha=1, rank_pattern=patterns,
         alpha_pattern={name: scale * rank for name, rank in patterns.items()},
     )  # fmt: skip
-    inject_adapter_in_model(config, transformer, NAME)
+    hollow = any(weight.is_meta or isinstance(weight, FakeTensor) for weight in transformer.parameters())
+    with _unmoved() if hollow else nullcontext(), next(transformer.parameters()).device:
+        inject_adapter_in_model(config, transformer, NAME)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(is_adapter(name))
     for layer in adapters_of(transformer).values():
         down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
         down.initial, up.initial = (down.shape[1] ** -0.5, 0.0), (0.0, 0.0)  # see layers.rules_of
+
+
+@contextmanager
+def _unmoved() -> Iterator[None]:
+    """Peft leaves new adapters where they are made, as weights that have no contents cannot be moved."""
+    move = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 def is_adapter(name: str) -> bool:
