@@ -2,7 +2,7 @@
 
 They come in three splits: `training` is what captions of clips are made of, `tuning` is for choosing a recipe, `unseen` for its final
 numbers. No synonym and no sentence of the latter two occurs in a caption of a clip, and no word of one that carries its meaning.
-Which words may be held out was measured: experiments/003_paraphrases.
+Results: experiments/002_paraphrases.
 """
 
 import re
