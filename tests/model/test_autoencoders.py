@@ -189,7 +189,7 @@ def test_latents_and_clips_are_those_of_the_library_s_pipelines(
     decoded = [module.decode(denormalised(name, module, part), *times).sample for part in theirs]
     made = ours.decode(latents)
     record_property("clip", f"{float((made - whole(decoded)).abs().max() / made.std()):.1e}")
-    assert made.shape == video.shape and close(made, whole(decoded))
+    assert made.shape == video.shape and close(made, whole(decoded), 3e-5)  # rounding of a deep decoder, other on each machine
 
 
 @pytest.mark.parametrize("name", SMALL)
