@@ -1,8 +1,8 @@
 """State to words in many ways: synonyms of every value and sentences of many shapes, for models that are to follow what is meant.
 
 They come in three splits: `training` is what captions of clips are made of, `tuning` is for choosing a recipe, `unseen` for its final
-numbers. No synonym and no sentence of the latter two occurs in a caption of a clip, and no word of one that carries its meaning.
-Results: experiments/002_paraphrases.
+numbers. No sentence and no word of the latter two occurs in a caption of a clip. What is asked in a sentence of theirs is a paraphrase
+that was never seen; how many of its words are new, too, is the caller's choice. Results: experiments/002_paraphrases.
 """
 
 import re
@@ -27,182 +27,164 @@ def _split(training: str, tuning: str, unseen: str) -> Phrases:
 
 _SIZES = {
     "small": _split(
-        """small, little, miniature, compact, petite, smallish, undersized, mini, minute, pint-sized, microscopic, stunted, toy-sized,
-        slight, modest, thumbnail-sized, bite-sized, itty-bitty, dwarf, pea-sized, puny, tiddly, dinky, bijou, lilliputian, shrunken,
-        scaled-down, teensy, not very big, rather small, small-scale, half-size, bantam, micro, elfin, meagre, palm-sized, low-volume,
-        infinitesimal, minor, reduced, lesser""",
-        "teeny, kitten-sized, doll-sized, dainty",
-        "tiny, wee, diminutive, minuscule, pocket-sized",
+        """small, little, tiny, miniature, compact, petite, smallish, mini, minute, wee, undersized, pint-sized, puny,
+        microscopic, dinky, diminutive, itty-bitty, toy-sized, pocket-sized, pea-sized, shrunken, rather small, very small,
+        not very big, small-sized""",
+        "teeny, bite-sized",
+        "minuscule, dwarf",
     ),
     "large": _split(
-        """large, big, huge, giant, sizable, enormous, oversized, bulky, hefty, king-sized, jumbo, great, extra-large, immense, largish,
-        broad, ample, voluminous, considerable, humongous, whopping, titanic, towering, outsized, elephantine, full-sized, tremendous,
-        wide, grand, XXL, gargantuan, man-sized, stupendous, plus-sized, large-scale, very big, rather large, house-sized,
-        hippo-sized, swollen, blown-up, major, greater""",
-        "colossal, monstrous, super-sized, mammoth",
-        "gigantic, massive, vast, hulking, monumental",
+        """large, big, huge, giant, gigantic, massive, enormous, oversized, sizable, bulky, hefty, immense, jumbo, great,
+        extra-large, king-sized, vast, towering, whopping, humongous, hulking, rather large, very big, not at all small,
+        large-sized, mammoth""",
+        "largish, tremendous",
+        "colossal, outsized",
     ),
 }
 _COLOURS = {
     "red": _split(
-        """red, scarlet, ruby, vermilion, reddish, blood-coloured, cardinal, garnet, maroon, rosy, tomato, strawberry, ketchup-coloured,
-        lobster, brick, rose, poppy, wine-red, fire-engine red, raspberry, cranberry, rust-red, flame-red, chilli, paprika, beetroot,
-        cerise, rouge, fiery, ruddy, postbox red, Ferrari red, lipstick, salsa-coloured, stop-light red, crab-coloured, red-hued,
-        coral-red, bright red, dark red, red-coloured""",
-        "carmine, burgundy, sanguine",
-        "crimson, cherry",
+        """red, crimson, scarlet, cherry, reddish, maroon, burgundy, rosy, blood-red, tomato, brick-red, strawberry,
+        wine-red, fire-engine red, rust-red, lipstick-red, bright red, dark red, deep red, red-coloured, raspberry,
+        cranberry, rouge, flame-red""",
+        "carmine, garnet",
+        "vermilion, ruby",
     ),
     "green": _split(
-        """green, emerald, lime, olive, mint, greenish, jade, moss, fern, shamrock, leaf-green, grassy, bottle green, avocado, verdant,
-        frog-coloured, spinach, cucumber, kelly green, hunter green, broccoli, pickle-coloured, cabbage, kiwi, basil, viridian,
-        chartreuse, cactus, army green, tea-green, pistachio, Christmas-tree green, seaweed, gooseberry, green-hued, ivy, bright
-        green, dark green, green-coloured""",
-        "clover, lettuce-green, pine-coloured",
-        "forest-green, lawn-green, parsley-coloured",
+        """green, emerald, lime, olive, mint, greenish, forest-green, grassy, moss, leaf-green, bottle green, avocado,
+        shamrock, sage, hunter green, pine-coloured, lawn-green, bright green, dark green, deep green, green-coloured,
+        lettuce-green, chartreuse, spinach""",
+        "verdant, clover",
+        "jade, fern",
     ),
     "blue": _split(
-        """blue, azure, sapphire, royal blue, cerulean, bluish, indigo, ocean-blue, midnight blue, cornflower, bluebell, ink-coloured,
-        lapis, baby-blue, electric blue, steel-blue, Prussian blue, marine, powder-blue, police-blue, cadet blue, Oxford blue, delft,
-        bluejay, whale-blue, forget-me-not, blue-hued, smurf-blue, sky-coloured, deep-sea blue, Facebook blue, gentian, Persian blue,
-        bright blue, dark blue, blue-coloured""",
-        "denim, ultramarine, Yale blue",
-        "navy, cobalt, blueberry",
+        """blue, navy, azure, royal blue, cobalt, bluish, indigo, sky-blue, midnight blue, ocean-blue, cerulean, cornflower,
+        denim, baby-blue, electric blue, steel-blue, Prussian blue, blueberry, bright blue, dark blue, deep blue,
+        blue-coloured, powder-blue, marine""",
+        "ultramarine, bluebell",
+        "sapphire, lapis",
     ),
     "yellow": _split(
-        """yellow, canary, yellowish, amber, mustard, saffron, honey, corn-coloured, dandelion, daffodil, blond, straw, custard, topaz,
-        flaxen, egg-yolk, taxi-yellow, sunflower, primrose, cheddar, cheese-coloured, duckling-coloured, mango, pineapple, bumblebee
-        yellow, wheat, turmeric, citrus, maize, school-bus yellow, sulphur, yellow-hued, champagne, submarine yellow, bright yellow,
-        pale yellow, yellow-coloured""",
-        "gold, sunny, butter",
-        "golden, lemon, banana, buttercup",
+        """yellow, golden, gold, canary, yellowish, banana, mustard, amber, sunny, honey, buttercup, blond, corn-coloured,
+        sunflower, daffodil, straw, butter, bumblebee yellow, taxi-yellow, bright yellow, pale yellow, deep yellow,
+        yellow-coloured, primrose""",
+        "flaxen, dandelion",
+        "lemon, saffron",
     ),
     "purple": _split(
-        """purple, lavender, lilac, mauve, magenta, purplish, grape, amethyst, orchid, thistle, wisteria, iris, heather, blackcurrant,
-        eggplant, raisin, royal purple, imperial purple, heliotrope, boysenberry, Tyrian purple, fig-coloured, puce, byzantium, pansy,
-        jacaranda, purple-hued, beet-purple, mallow, elderberry, damson, bishop's purple, crocus, Barney purple, hyacinth, bright
-        purple, dark purple, purple-coloured""",
-        "fuchsia, mulberry, periwinkle",
-        "violet, plum, aubergine",
+        """purple, violet, lavender, plum, mauve, magenta, purplish, grape, orchid, aubergine, eggplant, royal purple,
+        wisteria, fuchsia, mulberry, imperial purple, blackcurrant, bright purple, dark purple, deep purple, purple-coloured,
+        heather, thistle, boysenberry""",
+        "iris, periwinkle",
+        "lilac, amethyst",
     ),
     "cyan": _split(
-        """cyan, teal, aqua, blue-green, greenish-blue, sea-green, seafoam, robin's-egg blue, swimming-pool blue, peacock, verdigris,
-        Caribbean blue, glacier, sea-coloured, ice-blue, Tiffany blue, duck-egg blue, cyan-hued, cyan-coloured, aqueous, reef-water,
-        green-tinged blue, arctic, spearmint-blue, sea-glass, celeste, curacao, mermaid, Aegean, cyanic, hummingbird, bright cyan,
-        pale aqua, blue-and-green, bright aqua""",
-        "lagoon, tropical-sea",
-        "turquoise, aquamarine",
+        """cyan, teal, turquoise, aqua, blue-green, greenish-blue, sea-green, seafoam, bluish green, swimming-pool blue,
+        robin's-egg blue, ice-blue, Caribbean blue, peacock, duck-egg blue, Tiffany blue, bright cyan, bright aqua, pale
+        aqua, deep cyan, cyan-coloured, teal-blue, glacier, sea-glass""",
+        "verdigris, tropical-sea",
+        "aquamarine, lagoon",
     ),
 }
 _SHAPES = {
     "circle": _split(
-        """circle, ball, dot, round shape, circular shape, round object, circular thing, coin, bubble, button, marble, wheel, spot, moon,
-        bead, plate, pebble, pancake, billiard ball, rounded shape, circular patch, round blob, full circle, pea, planet, pizza,
-        cookie, saucer, frisbee, tyre, lens, sun, balloon, football, melon, orange-shaped thing, donut, circular figure, penny,
-        manhole cover, round token, pearl, round thing""",
-        "globe, ring, roundel, hoop",
-        "disc, disk, orb, sphere",
+        """circle, ball, dot, disc, disk, orb, sphere, round shape, circular shape, round object, circular thing, coin,
+        button, marble, wheel, spot, bead, plate, moon, rounded shape, round blob, round thing, circular patch, balloon""",
+        "ring, pancake",
+        "globe, bubble",
     ),
     "square": _split(
-        """square, box, block, square shape, four-sided shape, four-cornered shape, square object, square patch, boxy shape, brick,
-        rectangle, square panel, rectangular shape, cardboard box, carton, die, postage stamp, square plate, square window, chessboard
-        field, square figure, Lego brick, square block, equal-sided rectangle, shape with four equal sides, square card, container,
-        picture frame, napkin, square cushion, polaroid, toolbox, pixel, slab, tea-chest, square slice, paving stone, square thing""",
-        "crate, parcel, quadrangle, suitcase",
-        "cube, tile, quadrilateral, package",
+        """square, box, block, cube, tile, square shape, four-sided shape, square object, square patch, boxy shape,
+        rectangle, square panel, cardboard box, quadrilateral, square block, square thing, package, brick, square card,
+        four-cornered shape, die, square plate, slab, square figure""",
+        "container, parcel",
+        "crate, carton",
     ),
     "triangle": _split(
-        """triangle, triangular shape, three-sided shape, three-cornered shape, triangular object, triangular patch, three-pointed shape,
-        triangular figure, pizza slice, tent, equilateral triangle, triangular sign, wedge, cone, delta, shape with three corners,
-        teepee, pennant, trilateral figure, triangular block, roof shape, mountain shape, three-angled shape, polygon with three
-        sides, warning-sign shape, triangular thing, slice of cake, three-edged figure, pointed shape, triangular flag, tortilla chip,
-        nacho, triangle shape, prism, shark fin, fir-tree shape, isosceles triangle, triangular panel""",
-        "spearhead, trigon, party hat",
-        "pyramid, arrowhead, yield sign",
+        """triangle, pyramid, triangular shape, three-sided shape, triangular object, triangular patch, wedge, tent, pizza
+        slice, three-cornered shape, triangular figure, equilateral triangle, triangular sign, triangular thing, triangular
+        block, triangular panel, shape with three corners, prism, teepee, three-pointed shape, triangle shape, pointed shape,
+        triangular flag, delta""",
+        "roof shape, isosceles triangle",
+        "arrowhead, cone",
     ),
 }
 # What follows a verb of travel.
 _WAYS = {
     "left": _split(
-        """left, to the left, towards the left, to the left side, from right to left, left across the frame, towards the left edge, over
-        to the left, off to the left, further left, in a straight line to the left, toward the left border, to its left, to the west,
-        westwards, towards the viewer's left, away from the right side, toward nine o'clock, away to the left margin, from the right
-        towards the left, to port""",
-        "due left, sideways to the left, out to the left",
-        "leftward, leftwards, to the left-hand side, in the left direction",
+        """left, leftward, leftwards, to the left, towards the left, to the left side, to the left-hand side, from right to left,
+        left across the frame, towards the left edge, over to the left, off to the left, further left, in a straight line to the left,
+        toward the left border, to its left, towards the viewer's left, away from the right side""",
+        "due left, sideways to the left",
+        "out to the left, in the left direction, from the right towards the left",
     ),
     "right": _split(
-        """right, to the right, towards the right, to the right side, from left to right, right across the frame, towards the right edge,
-        over to the right, off to the right, further right, in a straight line to the right, toward the right border, to its right, to
-        the east, eastwards, towards the viewer's right, away from the left side, toward three o'clock, away to the right margin, from
-        the left towards the right, to starboard""",
-        "due right, sideways to the right, out to the right",
-        "rightward, rightwards, to the right-hand side, in the right direction",
+        """right, rightward, rightwards, to the right, towards the right, to the right side, to the right-hand side, from left to right,
+        right across the frame, towards the right edge, over to the right, off to the right, further right, in a straight line to the
+        right, toward the right border, to its right, towards the viewer's right, away from the left side""",
+        "due right, sideways to the right",
+        "out to the right, in the right direction, from the left towards the right",
     ),
     "up": _split(
-        """up, to the top, towards the top, straight up, from bottom to top, up the frame, towards the upper edge, higher, up and up,
-        toward the ceiling, to the top of the picture, from below to above, aloft, to the north, northwards, vertically up, into the
-        air, from the bottom towards the top, toward twelve o'clock, to the upper side""",
-        "toward the heavens, uphill, to the roof",
-        "upward, upwards, skyward, toward the sky",
+        """up, upward, upwards, skyward, to the top, towards the top, straight up, from bottom to top, up the frame, towards the upper
+        edge, higher, up and up, toward the ceiling, toward the sky, to the top of the picture, into the air, vertically up, from below
+        to above""",
+        "aloft, to the upper side",
+        "toward the heavens, in the upward direction, from the bottom towards the top",
     ),
     "down": _split(
-        """down, to the bottom, towards the bottom, straight down, from top to bottom, down the frame, towards the lower edge, lower,
-        down and down, toward the floor, to the bottom of the picture, from above to below, below, to the south, southwards,
-        vertically down, to the seabed, from the top towards the bottom, toward six o'clock, to the lower side""",
-        "toward the earth, downhill, to the basement",
-        "downward, downwards, groundward, toward the ground",
+        """down, downward, downwards, groundward, to the bottom, towards the bottom, straight down, from top to bottom, down the frame,
+        towards the lower edge, lower, down and down, toward the floor, toward the ground, to the bottom of the picture, to the earth,
+        vertically down, from above to below""",
+        "below, to the lower side",
+        "toward the earth below, in the downward direction, from the top towards the bottom",
     ),
 }
 # Verbs of travel, and whole actions: as "it moves" and as "moving", a hyphen for a space.
 _TRAVELS = _split(
-    """moves moving, slides sliding, goes going, travels travelling, floats floating, shifts shifting, heads heading, rolls rolling,
-    passes passing, flies flying, creeps creeping, sails sailing, proceeds proceeding, runs running, walks walking, swims swimming,
-    makes-its-way making-its-way, is-pushed being-pushed, advances advancing, wanders wandering, crawls crawling, zooms zooming,
-    hovers hovering, skates skating, marches marching, darts darting, migrates migrating, progresses progressing, strolls strolling,
-    races racing, scoots scooting, is-carried being-carried, skims skimming""",
-    "coasts coasting, slips slipping, journeys journeying",
-    "drifts drifting, glides gliding, cruises cruising",
+    """moves moving, slides sliding, drifts drifting, glides gliding, goes going, travels travelling, floats floating, shifts shifting,
+    heads heading, rolls rolling, passes passing, flies flying, creeps creeping, cruises cruising, sails sailing, proceeds proceeding,
+    makes-its-way making-its-way, is-pushed being-pushed, advances advancing, crawls crawling, zooms zooming, coasts coasting""",
+    "slips slipping, swims swimming",
+    "journeys journeying, wanders wandering, progresses progressing",
 )
 _ACTIONS = {
     "up": _split(
-        """rises rising, ascends ascending, goes-up going-up, lifts-off lifting-off, levitates levitating, gains-height gaining-height,
-        rises-to-the-top rising-to-the-top, is-lifted-up being-lifted-up, soars soaring, shoots-up shooting-up, mounts mounting,
-        takes-off taking-off, moves-up moving-up, is-raised being-raised, scales-the-frame scaling-the-frame""",
-        "is-hoisted being-hoisted, elevates elevating",
-        "climbs climbing, gains-altitude gaining-altitude",
+        """rises rising, ascends ascending, climbs climbing, goes-up going-up, lifts-off lifting-off, levitates levitating, gains-height
+        gaining-height, rises-to-the-top rising-to-the-top, is-lifted-up being-lifted-up, soars soaring, shoots-up shooting-up,
+        takes-off taking-off, floats-up floating-up, moves-up moving-up, is-raised being-raised""",
+        "is-hoisted being-hoisted, mounts mounting",
+        "gains-altitude gaining-altitude, is-pulled-up being-pulled-up, elevates elevating",
     ),
     "down": _split(
-        """falls falling, drops dropping, descends descending, goes-down going-down, comes-down coming-down, loses-height losing-height,
-        falls-to-the-bottom falling-to-the-bottom, is-lowered being-lowered, drops-to-the-floor dropping-to-the-floor, moves-down
-        moving-down, tumbles-down tumbling-down, nosedives nosediving, slumps slumping, settles settling""",
-        "dives diving, subsides subsiding",
-        "sinks sinking, plunges plunging, plummets plummeting",
+        """falls falling, drops dropping, descends descending, sinks sinking, plunges plunging, plummets plummeting, goes-down
+        going-down, comes-down coming-down, loses-height losing-height, falls-to-the-bottom falling-to-the-bottom, is-lowered
+        being-lowered, drops-to-the-floor dropping-to-the-floor, dives diving, moves-down moving-down, tumbles-down tumbling-down""",
+        "nosedives nosediving, subsides subsiding",
+        "loses-altitude losing-altitude, is-pulled-down being-pulled-down, settles settling",
     ),
     "bounce": _split(
-        """bounces bouncing, bounces-off-the-edge bouncing-off-the-edge, bounces-back bouncing-back, ricochets ricocheting,
-        hits-the-edge-and-comes-back hitting-the-edge-and-coming-back, strikes-the-wall-and-returns striking-the-wall-and-returning,
-        bounces-against-the-side bouncing-against-the-side, bumps-into-the-wall-and-bounces bumping-into-the-wall-and-bouncing,
-        collides-with-the-border-and-turns-back colliding-with-the-border-and-turning-back, bounces-like-a-rubber-ball
-        bouncing-like-a-rubber-ball, goes-to-the-edge-and-back going-to-the-edge-and-back, reverses-at-the-edge reversing-at-the-edge,
-        is-reflected-by-the-border being-reflected-by-the-border, touches-the-side-then-heads-back
-        touching-the-side-then-heading-back, hops-off-the-border hopping-off-the-border, is-deflected-by-the-edge
-        being-deflected-by-the-edge, turns-around-at-the-edge turning-around-at-the-edge, jumps-back-from-the-wall
-        jumping-back-from-the-wall, bounds-off-the-side bounding-off-the-side, goes-there-and-back going-there-and-back,
-        knocks-against-the-frame-and-reverses knocking-against-the-frame-and-reversing""",
-        """boomerangs-off-the-edge boomeranging-off-the-edge, caroms-off-the-wall caroming-off-the-wall, smacks-the-edge-and-recoils
-        smacking-the-edge-and-recoiling""",
-        "rebounds rebounding, rebounds-off-the-wall rebounding-off-the-wall, springs-back-from-the-edge springing-back-from-the-edge",
+        """bounces bouncing, rebounds rebounding, ricochets ricocheting, bounces-off-the-edge bouncing-off-the-edge, bounces-back
+        bouncing-back, rebounds-off-the-wall rebounding-off-the-wall, hits-the-edge-and-comes-back hitting-the-edge-and-coming-back,
+        strikes-the-wall-and-returns striking-the-wall-and-returning, bounces-against-the-side bouncing-against-the-side,
+        bumps-into-the-wall-and-bounces bumping-into-the-wall-and-bouncing, collides-with-the-border-and-turns-back
+        colliding-with-the-border-and-turning-back, bounces-like-a-rubber-ball bouncing-like-a-rubber-ball,
+        goes-to-the-edge-and-back going-to-the-edge-and-back, reverses-at-the-edge reversing-at-the-edge,
+        turns-around-at-the-edge turning-around-at-the-edge, is-deflected-by-the-edge being-deflected-by-the-edge,
+        springs-back-from-the-edge springing-back-from-the-edge, bounces-off-the-wall bouncing-off-the-wall,
+        jumps-back-from-the-wall jumping-back-from-the-wall, touches-the-side-then-heads-back touching-the-side-then-heading-back""",
+        "caroms-off-the-wall caroming-off-the-wall, is-reflected-by-the-border being-reflected-by-the-border",
+        """hits-the-wall-and-reverses hitting-the-wall-and-reversing, bounds-off-the-side bounding-off-the-side,
+        bounces-away-from-the-border bouncing-away-from-the-border""",
     ),
     "still": _split(
-        """stays-still staying-still, does-not-move not-moving, remains-in-place remaining-in-place, stands-still standing-still,
-        stays-put staying-put, rests resting, is-stationary being-stationary, sits-there-without-moving sitting-there-without-moving,
-        is-frozen being-frozen, keeps-still keeping-still, holds-its-position holding-its-position, is-at-rest being-at-rest,
-        stays-where-it-is staying-where-it-is, does-nothing doing-nothing, remains-unmoving remaining-unmoving, waits-in-one-spot
-        waiting-in-one-spot, lingers-in-place lingering-in-place, never-moves never-moving, is-static being-static,
-        stays-in-the-same-place staying-in-the-same-place, is-inert being-inert, is-parked being-parked, is-paused being-paused,
-        stays-without-motion staying-without-motion, stands-its-ground standing-its-ground, is-asleep being-asleep""",
-        "does-not-stir not-stirring, sits-idle sitting-idle, does-not-twitch not-twitching",
-        "is-motionless being-motionless, remains-immobile remaining-immobile, does-not-budge not-budging",
+        """stays-still staying-still, does-not-move not-moving, is-motionless being-motionless, remains-in-place remaining-in-place,
+        stands-still standing-still, stays-put staying-put, rests resting, is-stationary being-stationary, sits-there-without-moving
+        sitting-there-without-moving, is-frozen being-frozen, keeps-still keeping-still, holds-its-position holding-its-position,
+        is-at-rest being-at-rest, stays-where-it-is staying-where-it-is, remains-unmoving remaining-unmoving, does-not-budge
+        not-budging, is-static being-static, remains-immobile remaining-immobile, never-moves never-moving,
+        stays-in-the-same-place staying-in-the-same-place""",
+        "does-not-stir not-stirring, lingers-in-place lingering-in-place",
+        "sits-still sitting-still, stays-without-motion staying-without-motion, does-not-shift not-shifting",
     ),
 }
 
@@ -211,16 +193,26 @@ _SENTENCES: Phrases = {
     "training": (
         "a {size} {colour} {shape} {moves}",
         "a {colour} {size} {shape} {moves}",
+        "a {size}, {colour} {shape} {moves}",
+        "the {size} {colour} {shape} {moves}",
         "{size} {colour} {shape} {moving}",
         "{colour} {size} {shape}, {moving}",
-        "the {size} {colour} {shape} {moves}",
-        "a {size}, {colour} {shape} {moves}",
+        "a {size} {colour} {shape}, {moving}",
+        "a {size} {colour} {shape} {moving}",
+        "{shape}, {colour}, {size}, {moving}",
         "there is a {size} {colour} {shape} that {moves}",
+        "there is a {colour} {shape} of {size} size and it {moves}",
         "a short clip of a {size} {colour} {shape} {moving}",
         "a video of a {size} {colour} {shape} {moving}",
+        "a clip in which a {size} {colour} {shape} {moves}",
+        "footage of a {size} {colour} {shape} that {moves}",
+        "a video where the {colour} {shape} {moves}. it is a {size} one",
         "a {size} {colour} {shape} {moves} on a plain dark background",
         "a {size} {colour} {shape} on a plain dark background {moves}, fixed camera",
         "on a dark background, a {size} {colour} {shape} {moves}",
+        "in front of a black backdrop a {size} {colour} {shape} {moves}",
+        "static shot: a {colour} {shape}, {size} in size, {moves}",
+        "the camera does not move while a {size} {colour} {shape} {moves}",
         "a {shape} that is {size} and {colour} {moves}",
         "a {shape}, {size} and {colour}, {moves}",
         "a {shape} which {moves}, {colour} and {size}",
@@ -229,26 +221,40 @@ _SENTENCES: Phrases = {
         "a {size} {shape} {moves}; its colour is {colour}",
         "a {size} {shape} in {colour} {moves}",
         "the {shape} is {colour} and {size}, and it {moves}",
+        "the {shape} is {colour}. the {shape} is {size}. the {shape} {moves}",
+        "the {colour} {shape} looks {size} and {moves}",
         "it {moves}: a {shape}, {colour}, {size}",
+        "it is {size}, it is {colour}, it is a {shape} and it {moves}",
+        "what {moves} is a {size} {colour} {shape}",
         "{moving}, a {size} {colour} {shape}",
         "{moving} on a plain background: a {size} {colour} {shape}",
+        "slowly {moving}, we see a {colour} {shape} that is {size}",
         "we see a {size} {colour} {shape} {moving}",
+        "you can see one {size} {colour} {shape}, and it {moves}",
         "I want a {size} {colour} {shape} which {moves}",
-        "one {size} {colour} {shape}, alone in the frame, {moves}",
+        "make a video of a {colour} {shape} that {moves} and is {size}",
         "show a {colour} {shape} {moving}. the {shape} is {size}",
+        "one {size} {colour} {shape}, alone in the frame, {moves}",
         "{colour} and {size}, the {shape} {moves}",
         "a single {colour} object, a {size} {shape}, {moves}",
+        "an object {moves}: it is a {colour} {shape} and it is {size}",
+        "some {size} {shape} {moves}, and its colour is {colour}",
+        "this {size} thing is a {colour} {shape} and it {moves}",
         "in the video a {size} {colour} {shape} {moves}",
         "animation: {size} {colour} {shape}, {moving}",
-        "this {size} thing is a {colour} {shape} and it {moves}",
         "a {size} {colour} {shape} is seen {moving}",
+        "a simple animation with a {colour} {shape}, {size}, that {moves}",
         "against darkness, some {size} {colour} {shape} {moves} at an even pace",
+        "across the empty scene a {size} {colour} {shape} {moves}",
+        "everything is dark except for a {size} {colour} {shape} {moving}",
     ),
     "tuning": (
         "here a {size} {colour} {shape} {moves} all the time",
         "footage of one {colour} {shape}, {size} in extent, as it {moves}",
         "{size} in scale and {colour} in hue, another {shape} {moves}",
         "please make me a {colour}, {size} {shape} that simply {moves}",
+        "a recording: {moving}, {colour}, {size}, a {shape}",
+        "nothing but a {shape} appears, {colour} and {size}; it {moves}",
     ),
     "unseen": (
         "watch how the {size} {colour} {shape} {moves}",
@@ -257,6 +263,12 @@ _SENTENCES: Phrases = {
         "the camera films a {colour} {shape}, rather {size}, {moving} over black",
         "{colour} {shape} ({size}) {moving}",
         "picture a {size} {colour} {shape}: it {moves} across an empty screen",
+        "could you draw a {shape} that {moves}? I would like it {colour} and {size}",
+        "two seconds of a {size} {shape}, painted {colour}, {moving}",
+        "{colour} is the {shape}, {size} too, and look, it {moves}",
+        "a {size} object shaped like a {shape} {moves}, coloured {colour}",
+        "night scene, minimalist, {size} {colour} {shape} {moving}, smooth motion",
+        "our hero is a {colour} {shape}. being {size}, it {moves} by itself",
     ),
 }  # fmt: skip
 
@@ -273,20 +285,29 @@ def sentences(words: Words) -> tuple[str, ...]:
     return _SENTENCES[words]
 
 
-def paraphrase(rng: np.random.Generator, attributes: Mapping[str, str], words: Words = "training") -> str:
-    """Says these attributes, all or some, by a sentence and synonyms of a split, each drawn as often as any other."""
+def paraphrase(
+    rng: np.random.Generator, attributes: Mapping[str, str], words: Words = "training", new_words: int | None = None
+) -> str:
+    """Says these attributes, all or some, by a sentence of a split, drawn, and synonyms, each drawn as often as any other.
+
+    `new_words` of the attributes, drawn, are said in the split's own words and the others in those of training; None: all of them.
+    """
     if words not in get_args(Words):
         raise ValueError(f"words are of split {', '.join(get_args(Words))}, got {words!r}; set words")
-    named = {name: attributes[name] for name in ATTRIBUTES if name in attributes and name != "motion"}
+    if new_words is not None and not 0 <= new_words <= len(ATTRIBUTES):
+        raise ValueError(f"0 to {len(ATTRIBUTES)} attributes can be said in new words, got {new_words}; set new_words")
+    named = [name for name in ATTRIBUTES if name in attributes]
+    new = rng.permutation(named)[:new_words]
+    split: dict[str, Words] = {name: words if name in new else "training" for name in named}
     said = {"size": "", "colour": "", "shape": "object"} | {
-        name: _draw(rng, synonyms(name, value, words)) for name, value in named.items()
+        name: _draw(rng, synonyms(name, attributes[name], split[name])) for name in named if name != "motion"
     }
-    moves, moving = _draw(rng, _motions(attributes["motion"], words)) if "motion" in attributes else ("", "")
+    moves, moving = _draw(rng, _motions(attributes["motion"], split["motion"])) if "motion" in split else ("", "")
     usable = sentences(words)
-    if len(attributes) < len(ATTRIBUTES):  # those in which what is left open leaves no gap
+    if len(named) < len(ATTRIBUTES):  # those in which what is left open leaves no gap
         usable = tuple(each for each in usable if "{size} {colour} {shape} {mov" in each)
     text = " ".join(_draw(rng, usable).format(**said, moves=moves, moving=moving).split())
-    return re.sub(r"\ba (?=[aeiouAEIOU])", "an ", re.sub(r" (?=[,.;:])", "", text))
+    return re.sub(r"\ba (?=[aeiouAEIOU])", "an ", re.sub(r" (?=[,.;:?])", "", text))
 
 
 @cache
