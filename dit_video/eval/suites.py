@@ -80,17 +80,22 @@ class PromptSuite(WorldSuite):
 
 @dataclass
 class ParaphraseSuite(PromptSuite):
-    """Fully specified prompts in the words of a split of `world.paraphrases`: none of `unseen` ever occurs in a caption of a clip."""
+    """Fully specified prompts in sentences of a split of `world.paraphrases`, of which none but those of training is in any caption.
+
+    So many of the attributes, size, colour, shape and motion, are said in words that no caption has either.
+    """
 
     words: Words = "unseen"
+    new_words: int = 0
 
     def describe(self) -> str:
-        return f"{super().describe()}, paraphrased in words of split {self.words}"
+        new = "" if self.words == "training" else f", {self.new_words} of its attributes in words never told"
+        return f"{super().describe()}, paraphrased in a sentence of split {self.words}{new}"
 
     def requests(self) -> list[Request]:
-        rng = np.random.default_rng([self.seed, 5, get_args(Words).index(self.words)])
+        rng = np.random.default_rng([self.seed, 5, get_args(Words).index(self.words), self.new_words])
         asked = prompts(self.split, self.count, self.seed, self.num_frames)
-        said = [paraphrase(rng, caption.attributes, self.words) for caption in asked]
+        said = [paraphrase(rng, caption.attributes, self.words, self.new_words) for caption in asked]
         return [
             self.ask(number, text, caption.attributes) for number, (text, caption) in enumerate(zip(said, asked, strict=True))
         ]

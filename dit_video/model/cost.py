@@ -83,8 +83,8 @@ def flops_by_part(
             add(part, (tokens[stream] if per == "token" else rows[per]) * module.weight.numel())
         elif isinstance(module, TextLayer):
             add("text encoder", 2 * num_words**2 * module.out.in_features)
-    if isinstance(network.text, WordEncoder):
-        add("text encoder", num_words * network.text.dim)  # the mean over words
+        elif isinstance(module, WordEncoder):
+            add("text encoder", num_words * module.dim)  # the mean over words
 
     blocks = transformer.high.blocks if isinstance(transformer, WanExperts) else transformer.blocks
     for block in blocks:

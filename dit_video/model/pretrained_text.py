@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dit_video.model.frozen import Frozen, Placement, num_weights
 from dit_video.model.layers import RMSNorm, linear
 from dit_video.model.remembered import Counts, Remembered
-from dit_video.model.text import TextEncoder, says, split_words
+from dit_video.model.text import TextEncoder, TextLayer, says, split_words
 from dit_video.shapes import Caption, Context, Encoded
 
 Pooled = Literal["none", "mean", "cls", "eos", "projection"]
@@ -217,21 +217,30 @@ class PretrainedText(TextEncoder):
 
 
 class Several(TextEncoder):
-    """Several encoders that read every caption: their states, each by a learned linear, one after the other; their pooled vectors joined.
+    """Encoders, one or several, that read every caption, and layers of attention over what they say.
 
-    A caption that comes as states is the first encoder's, with the others' beside it, in order (`Encoded.others`).
+    Their states follow each other, each encoder's by a learned linear; `depth` layers that are trained with the video model let them
+    look at each other before the video looks at them: a token refiner, as of HunyuanVideo (arXiv 2412.03603), here without the
+    noise level. Their pooled vectors are joined as they are. A caption that comes as states is the first encoder's, with the
+    others' beside it, in order (`Encoded.others`).
     """
 
-    def __init__(self, encoders: dict[str, TextEncoder], dim: int, pooled_dim: int) -> None:
+    def __init__(self, encoders: dict[str, TextEncoder], dim: int, pooled_dim: int, depth: int = 0, heads: int = 4) -> None:
         joined = sum(encoder.pooled_dim for encoder in encoders.values())
         if not encoders or pooled_dim != joined:
             raise ValueError(
                 f"pooled vectors of {list(encoders)} have {joined} values together, got {pooled_dim}; set text.pooled_dim"
             )
+        if depth < 0 or (depth and (heads < 1 or dim % heads)):
+            raise ValueError(
+                f"layers over states take depth 0 or more and heads that divide dim {dim}, got {depth} and {heads}; "
+                "set text.depth, text.heads or text.dim"
+            )
         super().__init__(dim, pooled_dim, learned_null=False)
         self.encoders = nn.ModuleDict(encoders)
         self.norms = nn.ModuleDict({name: RMSNorm(encoder.dim) for name, encoder in encoders.items()})
         self.linears = nn.ModuleDict({name: linear(encoder.dim, dim, matrices=0) for name, encoder in encoders.items()})
+        self.layers = nn.ModuleList(TextLayer(dim, heads) for _ in range(depth))
 
     @property
     def fingerprint(self) -> str:
@@ -279,10 +288,11 @@ class Several(TextEncoder):
         split = [self._split(caption) for caption in captions]
         contexts = {name: encoder([each[i] for each in split]) for i, (name, encoder) in enumerate(self.encoders.items())}
         states = [self.linears[name](self.norms[name](context.states)) for name, context in contexts.items()]
-        lengths = torch.stack([context.lengths for context in contexts.values()])  # encoders b
-        rows = [torch.cat([x[row, :n] for x, n in zip(states, own, strict=True)]) for row, own in enumerate(lengths.T.tolist())]
         pooled = [context.pooled for context in contexts.values() if context.pooled is not None]
-        return Context(pad_sequence(rows, batch_first=True), lengths.sum(dim=0), torch.cat(pooled, dim=-1) if pooled else None)
+        joined, lengths = closed_up(states, [context.lengths for context in contexts.values()])
+        for layer in self.layers:
+            joined = layer(joined, lengths)
+        return Context(joined, lengths, torch.cat(pooled, dim=-1) if pooled else None)
 
     def _each(self) -> Iterator[Any]:
         return iter(self.encoders.values())
@@ -297,6 +307,15 @@ class Several(TextEncoder):
                 "set text to what they were written with"
             )
         return [Encoded(caption.states, caption.pooled), *caption.others]
+
+
+def closed_up(states: Sequence[Tensor], lengths: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Several states `b l d` of each caption, one after the other without what lies behind their lengths, and the lengths of the whole."""
+    real = [torch.arange(x.shape[1], device=x.device) < own[:, None] for x, own in zip(states, lengths, strict=True)]
+    keep = torch.cat(real, dim=1)
+    order = keep.int().argsort(dim=1, descending=True, stable=True)  # no length is asked for by the host
+    joined = (torch.cat(list(states), dim=1) * keep[..., None]).take_along_dim(order[..., None], dim=1)
+    return joined, torch.stack(list(lengths)).sum(dim=0)
 
 
 class Pretrained(nn.Module):

@@ -12,6 +12,7 @@ from dit_video.model import attention
 from dit_video.model.cost import IMAGE_STATES, TRAINING, flops_by_part, parameters_by_part
 from dit_video.model.layers import initialise
 from dit_video.model.network import Network
+from dit_video.model.pretrained_text import Several
 from dit_video.model.text import WordEncoder
 from dit_video.model.transformer import StreamSpec, VideoTransformer
 from dit_video.model.wan import WanExperts, WanTransformer
@@ -38,6 +39,16 @@ def test_flops_are_those_that_torch_counts(make_network: Make, text: str, num_le
     with FlopCounterMode(display=False) as counter:
         network({"video": stream_of(grid.num_tokens, 96, num_levels, "meta")}, CAPTIONS)
     assert sum(flops_by_part(network, grid, 2, 6, num_levels).values()) == counter.get_total_flops()
+
+
+def test_flops_of_layers_over_states(make_network: Make) -> None:
+    network = make_network()
+    network.text = Several({"words": WordEncoder(24, heads=2)}, 16, 24, depth=2)
+    network.transformer = make_network(pooled_dim=24).transformer
+    initialise(network.text, 0)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        network({"video": stream_of(30, 96, 2, "cpu")}, CAPTIONS)
+    assert sum(flops_by_part(network, Grid(3, 2, 5), 2, 6, 2).values()) == counter.get_total_flops()
 
 
 def test_flops_of_two_streams_and_a_control(make_network: Make) -> None:

@@ -312,6 +312,30 @@ def test_several_encoders(saved: Callable) -> None:
     assert all(linear.weight.grad is not None for linear in several.linears.values())
 
 
+def test_layers_over_states(saved: Callable) -> None:
+    """A caption's refined states know each other and no other caption's."""
+    with torch.device("meta"):
+        encoders = {"t5": PretrainedText(saved("t5"), 24), "clip": PretrainedText(saved("clip"), 24, max_tokens=40)}
+        refined = Several(encoders, dim=12, pooled_dim=0, depth=2, heads=3)
+        meta = refined(["one two", None])
+    assert meta.states.is_meta and meta.states.shape[2] == 12  # so that cost and memory can be told
+    initialise(refined, 0)
+    for parameter in refined.layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    together = refined(TEXTS)
+    for row, text in enumerate(TEXTS):
+        alone = refined([text])
+        assert alone.lengths[0] == together.lengths[row]
+        torch.testing.assert_close(alone.states[0], together.states[row, : alone.lengths[0]], atol=1e-5, rtol=1e-5)
+        nothing, told = refined([None]), refined([refined.states_of(text)])
+        assert nothing.lengths.item() == 2 and torch.equal(told.states, alone.states)
+    refined(TEXTS).states[0, 0].square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in refined.layers[0].qkv.parameters())
+    assert refined.is_frozen  # what is kept are the encoders' states
+    with pytest.raises(ValueError, match="divide dim 12, got 1 and 5; set text.depth, text.heads"):
+        Several(encoders, dim=12, pooled_dim=0, depth=1, heads=5)
+
+
 # --------------------------------------------------------------------------- folders that cannot be used
 
 
