@@ -23,9 +23,9 @@ from rich.progress import Progress
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as to_safetensors
 
-from dit_video.build import check_whole, make, make_autoencoder, make_network, make_text
+from dit_video.build import check_whole, make, make_autoencoder, make_image_encoder, make_network, make_text
 from dit_video.data.buckets import ClipShape
-from dit_video.data.encoding import BYTES, LATENTS, NOTHING, TEXT, Encoding, note_of, read_note
+from dit_video.data.encoding import BYTES, IMAGE, LATENTS, NOTHING, TEXT, Encoding, note_of, read_note
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import ShardFile, size_of
 from dit_video.data.index import build, save
@@ -35,6 +35,7 @@ from dit_video.data.reader import ClipReader, Job, ReadClip
 from dit_video.data.shards import Member, members_of, sidecar
 from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.layers import initialise
+from dit_video.model.pretrained_image import ImageEncoder
 from dit_video.model.text import TextEncoder
 from dit_video.model.wan import given_then_grey
 from dit_video.shapes import to_float
@@ -58,7 +59,7 @@ def main(config: DictConfig) -> None:
     source = make(config.data, random_start=False, look=True)
     encode_shards(
         Path(config.out), source, make_autoencoder(config), text if text.is_frozen else None, config.dtype,
-        config.logvar, config.views, config.device, make_network(config).takes_images,
+        config.logvar, config.views, config.device, make_network(config).takes_images, make_image_encoder(config),
     )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ class _Encoder:
     encoding: Encoding
     autoencoder: Autoencoder
     text: TextEncoder | None
+    image_encoder: ImageEncoder | None
     device: torch.device
 
     def sample(self, key: str, clip: ReadClip, shape: ClipShape, video: np.ndarray) -> dict[str, bytes]:
@@ -95,6 +97,9 @@ class _Encoder:
         if self.text is not None:
             members[TEXT] = self.states(clip.captions)
         members[LATENTS] = to_safetensors(self._latents(video), note_of(self.encoding, clip.start))
+        if self.image_encoder is not None:
+            states = self.image_encoder(torch.from_numpy(video[:1]).to(self.device))[0]
+            members[IMAGE] = to_safetensors({"0/image.states": states.to("cpu", self.image_encoder.kept)}, note_of(self.encoding))
         captions = {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
         return members | {"json": json.dumps(vars(shape) | {"start": clip.start, **captions, "source": key}).encode()}
 
@@ -136,13 +141,14 @@ def encode_shards(
     views: int = 1,
     device: str | None = None,
     known: bool = False,
+    image_encoder: ImageEncoder | None = None,
 ) -> None:
     """Writes, for every shard of a source, one of the same name with the latents and text states of its clips.
 
     Each clip is made into the shape of its bucket; of a source that lasts longer, `views` clips are taken, evenly spread. With `known` the
-    latents of a clip's first frame with grey after it lie beside its own. Any number of processes, on any machines that share the folder,
-    may be started alike: each takes shards that no other has. One that was cut off goes on after the last whole sample. What cannot be
-    read is listed in skipped.jsonl. ValueError where the folder was made otherwise.
+    latents of a clip's first frame with grey after it lie beside its own, with an image encoder what it says of that frame. Any number of
+    processes, on any machines that share the folder, may be started alike: each takes shards that no other has. One that was cut off goes
+    on after the last whole sample. What cannot be read is listed in skipped.jsonl. ValueError where the folder was made otherwise.
     """
     if logvar and isinstance(autoencoder, Pixels):
         raise ValueError("pixels have no variance; set logvar=false, or autoencoder")
@@ -159,6 +165,8 @@ def encode_shards(
                 f"a caption's field {field} is taken by what a sample says of its clip; set data.captions to other names"
             )
     autoencoder.check()
+    if image_encoder is not None:
+        image_encoder.check()
     if autoencoder.can_decode:
         for shape in source.shapes:
             autoencoder.check_clip(shape.num_frames, shape.height, shape.width)
@@ -166,6 +174,7 @@ def encode_shards(
         autoencoder.name, autoencoder.compression, autoencoder.channels, "uint8" if isinstance(autoencoder, Pixels) else dtype,
         logvar, known, None if text is None else text.name,
         f"{source.reader.decoder}, {'from the beginning' if views == 1 else f'{views} views'}, {', '.join(map(str, source.shapes))}",
+        *(() if image_encoder is None else (image_encoder.name, (image_encoder.tokens, image_encoder.dim))),
     )  # fmt: skip
     names = [_name(shard) for shard in source.clips.shards]
     if len({*names}) < len(names):
@@ -175,7 +184,7 @@ def encode_shards(
         text.check()
     _claim(out, encoding, source)
     source.report.log()
-    encoder = _Encoder(encoding, autoencoder, text, _device(device))
+    encoder = _Encoder(encoding, autoencoder, text, image_encoder, _device(device))
     if text is not None:
         initialise(text, 0)  # its learned null caption, which is not written
         _write(out / NOTHING, encoder.states({"nothing": ""}))

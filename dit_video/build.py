@@ -10,6 +10,7 @@ from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.layers import initialise
 from dit_video.model.lora import add_adapters
 from dit_video.model.network import Network
+from dit_video.model.pretrained_image import ImageEncoder
 from dit_video.model.text import TextEncoder
 from dit_video.model.transformer import VideoTransformer
 from dit_video.objective.objective import Objective
@@ -24,7 +25,7 @@ def make(config: DictConfig, **arguments: Any) -> Any:
 def make_network(config: DictConfig, device: str = "meta") -> Network:
     """The network of a config: on the meta device nothing is allocated, and nothing is initialised; what is frozen is not read yet."""
     with torch.device(device):
-        text, autoencoder = make_text(config), make_autoencoder(config)
+        text, autoencoder, image_encoder = make_text(config), make_autoencoder(config), make_image_encoder(config)
         transformer: VideoTransformer = make(config.model)
     if config.get("lora"):
         add_adapters(transformer, **plain(config.lora), seed=config.seed)
@@ -33,7 +34,12 @@ def make_network(config: DictConfig, device: str = "meta") -> Network:
             f"the autoencoder's latents have {autoencoder.channels} channels, the model takes {transformer.channels}; set autoencoder, "
             "or model.channels"
         )
-    return Network(text, transformer, autoencoder)
+    taken, given = getattr(transformer, "image_dim", 0), 0 if image_encoder is None else image_encoder.dim
+    if taken != given:
+        raise ValueError(
+            f"the image encoder's states have width {given}, the model takes {taken} (0: none); set image_encoder, or model.image_dim"
+        )
+    return Network(text, transformer, autoencoder, image_encoder)
 
 
 def make_text(config: DictConfig) -> TextEncoder:
@@ -45,6 +51,11 @@ def make_text(config: DictConfig) -> TextEncoder:
 def make_autoencoder(config: DictConfig) -> Autoencoder:
     """The autoencoder of a config; one from before there were any has none."""
     return make(config.autoencoder) if "autoencoder" in config else Pixels()
+
+
+def make_image_encoder(config: DictConfig) -> ImageEncoder | None:
+    """The encoder of first frames that a config names, if any."""
+    return make(config.image_encoder) if config.get("image_encoder") else None
 
 
 def make_objective(config: DictConfig) -> Objective:

@@ -50,7 +50,10 @@ def _prompt(config: Mapping[str, Any]) -> str:
 
 
 def _facts(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    data, parts = config["data"], {part: config.get(part, {}).get("_target_", "") for part in ("text", "autoencoder")}
+    data, parts = (
+        config["data"],
+        {part: (config.get(part) or {}).get("_target_", "") for part in ("text", "autoencoder", "image_encoder")},
+    )
     facts = {
         "clips and steps": f"{meta['clips']:,} and {meta['steps']:,}",
         "config": f"`{config_hash(config)}`, whole in config.json",
@@ -59,6 +62,7 @@ def _facts(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         "shape": f"{data['num_frames']} frames of {data['height']}x{data['width']} at {data['fps']:g} fps",
         "text encoder": _named(parts["text"], config.get("text", {})),
         "autoencoder": _named(parts["autoencoder"], config.get("autoencoder", {})),
+        "image encoder": _named(parts["image_encoder"], config.get("image_encoder") or {}),
         "adapters beside": f"the weights of {config.get('init_from')} (`{meta.get('base')}`)" if config.get("lora") else None,
         "averaged with decay": ", ".join(f"{decay:g}" for decay in meta.get("ema_decays", [])),
         "core-seconds": f"{meta['core_seconds']:,.0f}" if "core_seconds" in meta else None,

@@ -22,17 +22,22 @@ def config_of(folder: Path) -> DictConfig:
     parts = published.find_parts(folder)
     sizes = [published.sizes_of(part) for part in parts.values()]
     preset = preset_of(sizes)
-    for name in ("vae", "text_encoder", "tokenizer"):
+    looks = bool(sizes[0]["image_dim"])
+    names = ("vae", "text_encoder", "tokenizer", *(("image_encoder", "image_processor") if looks else ()))
+    for name in names:
         if not (folder / name).is_dir():
             raise published.PublishedError(
                 f"{folder} has no {name}/, which a pipeline has; set run to a whole pipeline, or train"
             )
-    where = {name: quoted(str(folder / name)) for name in ("vae", "text_encoder", "tokenizer")}
+    where = {name: quoted(str(folder / name)) for name in names}
     words = [
         f"model={preset}", "text=umt5", f"sampler={SAMPLERS[preset]}", "data=shards", "data.shards=none", "logger=none",
         f"autoencoder.folder={where['vae']}", f"text.folder={where['text_encoder']}", f"text.tokenizer={where['tokenizer']}",
         *(f"data.{key}={value}" for key, value in CLIP.items()),
+        "image_encoder=clip" if looks else "image_encoder=none",
     ]  # fmt: skip
+    if looks:
+        words += [f"image_encoder.folder={where['image_encoder']}", f"image_encoder.processor={where['image_processor']}"]
     config = compose("train", take_apart(words))
     with open_dict(config):
         _set_sizes(config, folder, sizes)
@@ -68,6 +73,11 @@ def _set_sizes(config: DictConfig, folder: Path, sizes: list[dict[str, Any]]) ->
     config.autoencoder.channels = _whole(vae, about, "z_dim", 16, 4096)
     config.autoencoder.compression = [2 ** sum(halved), space, space]
     config.text.dim = _whole(text, _json(text), "d_model", 4096, 65536)
+    if sizes[0]["image_dim"]:
+        tower = folder / "image_encoder" / "config.json"
+        sizes_of_tower = _json(tower)
+        side = _whole(tower, sizes_of_tower, "image_size", 224, 4096) // _whole(tower, sizes_of_tower, "patch_size", 32, 4096)
+        config.image_encoder.dim, config.image_encoder.tokens = sizes[0]["image_dim"], 1 + side**2
     if "boundary" in config.model:
         told = _json(folder / "model_index.json").get("boundary_ratio")
         if told is not None and (not isinstance(told, int | float) or not 0 <= told <= 1):

@@ -107,6 +107,8 @@ def main(config: DictConfig) -> None:
     found[worst] = most = predict_step(config, network, buckets[worst], choice)
     seconds = [step_seconds(config, memory, hardware, device) for memory in found]
     beside = {"autoencoder": network.autoencoder.device_bytes(), "text encoder": network.text.device_bytes()}
+    if network.image_encoder is not None:
+        beside["image encoder"] = network.image_encoder.device_bytes()
     say(["", _steps(buckets, found, seconds, devices), _memory(most, buckets[worst], beside)])
 
     room = device.memory * (1 - config.margin) - sum(beside.values())
@@ -237,10 +239,12 @@ def _batch(config: DictConfig, network: Network, bucket: Bucket, choice: Choice)
     pixels = isinstance(network.autoencoder, Pixels)
     video = torch.randint(0, 256, size, dtype=torch.uint8) if pixels else None
     latents = None if pixels else torch.randn(size)
+    own = network.image_encoder
+    image = None if own is None else torch.randn(count, own.tokens, own.dim)
     caption = " ".join(f"word{number}" for number in range(config.caption_words))
     return Batch(
         video, [caption] * count, ["random"] * count, torch.arange(count), shape.fps, parts=sizes, step_clips=bucket.clips,
-        latents=latents,
+        latents=latents, known=torch.randn(size) if network.takes_images and not pixels else None, image=image,
     )  # fmt: skip
 
 

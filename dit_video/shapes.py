@@ -220,7 +220,8 @@ class Batch:
     known: Float[Tensor, "b t h w c"] | None = (
         None  # latents of the first frame with grey after it, for models that take images so
     )
-    control: Float[Tensor, "b n c"] | None = None  # what is told per token beside its values; then all tokens are made
+    control: Float[Tensor, "b n values"] | None = None  # what is told per token beside its values; then all tokens are made
+    image: Float[Tensor, "b i e"] | None = None  # states of an image encoder that saw the first frame, for models that take them
     logvar: Float[Tensor, "b t h w c"] | None = None  # of latents that are to be drawn: logarithm of the variance around them
     encoded: list[Encoded | None] | None = None  # the captions, where they come as states; none of a filler
 
@@ -247,7 +248,7 @@ class Batch:
         """The same batch with its tensors on a device."""
         moved: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("video", "weights", "audio", "has_audio", "latents", "logvar", "known", "control")
+            for name in ("video", "weights", "audio", "has_audio", "latents", "logvar", "known", "control", "image")
         }
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in moved.items() if tensor is not None}
         encoded = None if self.encoded is None else [caption and caption.to(device) for caption in self.encoded]
@@ -259,7 +260,8 @@ class Batch:
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             cut = slice(start, end)
             tensors: dict[str, Any] = {
-                name: getattr(self, name) for name in ("audio", "has_audio", "latents", "logvar", "known", "control", "encoded")
+                name: getattr(self, name)
+                for name in ("audio", "has_audio", "latents", "logvar", "known", "control", "image", "encoded")
             }
             yield Batch(
                 None if self.video is None else self.video[cut], self.captions[cut], self.keys[cut], self.slots[cut],

@@ -63,6 +63,7 @@ BESIDE_TRAINING = {
     "data.remote_cache", "data.remote_cache_bytes", "data.micro_batches", "trainer.devices", "trainer.num_nodes", "trainer.layout",
     "trainer.recompute", "trainer.compile", "trainer.threads", "trainer.gather_to_sample", "trainer.offload_ema", "trainer.max_hours",
     "trainer.hang_seconds", "trainer.restarts", "optimisers.max_skips", "init_from", "autoencoder.folder", "autoencoder.placement",
+    "image_encoder.folder", "image_encoder.processor", "image_encoder.placement",
     "text.folder", "text.tokenizer", "text.placement", "text.cache", "text.memory_bytes",
 }  # fmt: skip
 """Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
@@ -253,6 +254,8 @@ def check_encoding(config: DictConfig, loader: ClipLoader, key: str = "data.shar
     if found is None:
         autoencoder.check()
         text.check()
+        if network.takes_image_states and network.image_encoder is not None:
+            network.image_encoder.check()
         return
     shards = loader.clips.shards[0]
     if (found.compression, found.channels) != (tuple(autoencoder.compression), autoencoder.channels):
@@ -265,6 +268,14 @@ def check_encoding(config: DictConfig, loader: ClipLoader, key: str = "data.shar
             f"{shards} was encoded by {found.autoencoder}, and the model is to be trained with {autoencoder.name}; set autoencoder.folder, "
             f"or {key}"
         )
+    if network.image_encoder is not None:
+        own, size = network.image_encoder, (network.image_encoder.tokens, network.image_encoder.dim)
+        if found.image is None or found.image_size != size or (own.is_here and found.image != own.name):
+            of = "no image encoder" if found.image is None else f"{found.image}, {found.image_size[0]} of {found.image_size[1]}"
+            raise ValueError(
+                f"the first frames of {shards} were encoded by {of}, and the model is to be trained with "
+                f"{own.name if own.is_here else 'one'}, {size[0]} of {size[1]}; set image_encoder, or {key}"
+            )
     if found.text is None:
         text.check()  # captions are encoded as they come
     elif text.is_frozen and text.is_here and found.text != text.name:
@@ -285,11 +296,12 @@ def check_encoding(config: DictConfig, loader: ClipLoader, key: str = "data.shar
 
 def encoders_of(network: Network) -> dict[str, str | None]:
     """Who makes latents and states, by fingerprint; none of what is not here, or is trained along."""
-    text, autoencoder = network.text, network.autoencoder
+    text, autoencoder, image_encoder = network.text, network.autoencoder, network.image_encoder
     return by_first_rank(
         lambda: {
             "autoencoder": autoencoder.name if autoencoder.can_decode else None,
             "text": text.name if text.is_frozen and text.is_here else None,
+            "image_encoder": image_encoder.name if image_encoder is not None and image_encoder.is_here else None,
         }
     )
 

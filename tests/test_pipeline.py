@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_run import dit_video
 from text_models import config_of as text_config
 from text_models import save_tokenizer
 from torch import Tensor
-from wan_models import CHANNELS, reference
+from wan_models import CHANNELS, IMAGE_DIM, reference
 
 import dit_video as package
 from dit_video.runs import Run
@@ -37,7 +38,18 @@ KINDS = {
     "ti2v": ("ti2v",),
     "i2v_2.2": ("i2v_2.2",),
     "i2v of two": ("i2v_2.2", "i2v_2.2"),
+    "i2v": ("i2v",),  # 2.1, which looks at the first frame by CLIP too
 }
+
+
+def looking() -> dict[str, Any]:
+    """A picture tower with random weights and its processor."""
+    sizes = {"hidden_size": IMAGE_DIM, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
+    return {
+        "image_encoder": tower,
+        "image_processor": transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    }
 
 
 def write_pipeline(folder: Path, kind: str) -> Any:
@@ -55,7 +67,7 @@ def write_pipeline(folder: Path, kind: str) -> Any:
     if "i2v" in kind:
         pipeline = diffusers.WanImageToVideoPipeline(
             tokenizer, text, vae, scheduler, transformer=own[0], transformer_2=second, expand_timesteps=kind == "ti2v",
-            boundary_ratio=0.875 if second is not None else None,
+            boundary_ratio=0.875 if second is not None else None, **(looking() if kind == "i2v" else {}),
         )  # fmt: skip
     else:
         pipeline = diffusers.WanPipeline(
@@ -105,7 +117,7 @@ def test_a_clip_is_the_pipelines(tmp_path: Path, kind: str, how: str, record_pro
     if "i2v" in kind:
         frame = np.random.default_rng(2).integers(0, 256, (1, SIZE["height"], SIZE["width"], 3), np.uint8)
         more = {"given": frame, "task": "image_to_video"}
-        asked["image"] = torch.from_numpy(frame[0]).movedim(-1, 0)[None] / 255
+        asked["image"] = Image.fromarray(frame[0])
     prompt, negative = "a small red circle moves left", "snow"
     wanted = pipeline(prompt=prompt, negative_prompt=negative, latents=noise(run, 7), output_type="np", **asked).frames[0]
     found = run.sample(prompt, 7, sampler, negative_prompt=negative, **SIZE, fps=16, **more)

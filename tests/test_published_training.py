@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import QUIET, dit_video, same, tensors
+from small_run import QUIET, dit_video, records, same, tensors
 from wan_models import reference, tokens_of
 
 import dit_video as package
@@ -28,10 +28,24 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def picture_tower(folder: Path, seed: int = 0) -> None:
+    """A random picture tower of CLIP with its processor, as transformers saves them."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 10, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder)
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
 def train(pretrained: Path, shards: Path, runs: Path, name: str, *words: object) -> int:
+    return begin(pretrained, shards, runs, name, "model=wan2.1_t2v_1.3b", f"init_from={pretrained}/wan", *words)
+
+
+def begin(pretrained: Path, shards: Path, runs: Path, name: str, *words: object) -> int:
     return dit_video(
-        "train", "model=wan2.1_t2v_1.3b", "model.width=28", "model.depth=2", "model.heads=2", "model.mlp_dim=40", "model.level_dim=32",
-        "text.dim=32", "text.buckets=64", f"init_from={pretrained}/wan", f"autoencoder.folder={pretrained}/vae",
+        "train", "model.width=28", "model.depth=2", "model.heads=2", "model.mlp_dim=40", "model.level_dim=32",
+        "text.dim=32", "text.buckets=64", f"autoencoder.folder={pretrained}/vae",
         "autoencoder.dtype=float32", "optimisers=adamw", "optimisers.warmup_clips=8", "data.batch_size=4", "max_clips=24", "logger=none",
         "sampler.steps=2", "ema_decay=0.5", "trainer.precision=32-true", *QUIET, f"runs={runs}", f"name={name}",
         f"data.shards={shards}/*.tar", *words,
@@ -97,6 +111,53 @@ def test_adapters_are_trained_alone_and_go_back(pretrained: Path, world_shards: 
     ours, other = outputs(tmp_path / "straight", theirs)
     assert (ours - other).abs().max() < 1e-5 * other.abs().max()
     assert (ours - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+@pytest.mark.slow
+def test_a_model_that_looks_at_first_frames(
+    pretrained: Path, world_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Online and from the cache it has the same losses; another encoder's cache is refused; it samples from a frame alone."""
+    for name, seed in {"clip": 0, "other": 1}.items():
+        picture_tower(pretrained / name, seed)
+    model = (
+        "model=wan2.1_i2v_14b",
+        "image_encoder.dim=10",
+        "image_encoder.tokens=5",
+        "data.random_start=false",
+        "data.decoder=pyav",
+    )
+    clip, other = (f"image_encoder.folder={pretrained}/{name}" for name in ("clip", "other"))
+    encode = (
+        "data", "encode", f"data.shards={world_shards}/*.tar", "data=shards", "data.num_frames=9", "data.height=32", "data.width=32",
+        "data.fps=8", "text=words", f"autoencoder.folder={pretrained}/vae", "autoencoder.dtype=float32", "dtype=float32",
+    )  # fmt: skip
+    assert dit_video(*encode, *model, clip, f"out={tmp_path}/encoded") == 0
+
+    def losses(shards: Path, name: str, *words: str) -> list[float]:
+        assert begin(pretrained, shards, tmp_path, name, *model, "every.record=8", *words) == 0
+        return [line["train/loss"] for line in records(tmp_path / name)]
+
+    online = losses(world_shards, "online", clip)
+    assert len(online) == 3 and losses(tmp_path / "encoded", "cached", clip) == online
+    assert losses(tmp_path / "encoded", "gone", "image_encoder.folder=null", "autoencoder.folder=null") == online
+    assert losses(world_shards, "otherwise", other) != online
+
+    capsys.readouterr()
+    assert begin(pretrained, tmp_path / "encoded", tmp_path, "no", *model, other) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.count("clip_vision_model") == 2 and "set image_encoder" in line
+    bare = ("model=wan2.1_t2v_1.3b", "data.random_start=false", "data.decoder=pyav", f"out={tmp_path}/bare")
+    assert dit_video(*encode, *bare) == 0
+    assert begin(pretrained, tmp_path / "bare", tmp_path, "no", *model, clip) == 1
+    assert "by no image encoder" in capsys.readouterr().err.strip().splitlines()[-1]
+
+    run, frame = package.load(tmp_path / "online"), np.full((1, 32, 32, 3), 90, np.uint8)
+    size = {"num_frames": 9, "height": 32, "width": 32, "fps": 8.0}
+    one, another = (run.sample("snow", 0, given=each, task="image_to_video", **size) for each in (frame, frame + 90))
+    assert one.shape == (9, 32, 32, 3) and (one != another).any()
+    with pytest.raises(ValueError, match="from its first frame"):
+        run.sample("snow", 0, **size)
 
 
 def test_what_cannot_be_a_base_is_refused_in_a_line(

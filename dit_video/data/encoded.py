@@ -1,8 +1,9 @@
 """Clips that are stored as latents, with captions that are stored as states, read as any other clip.
 
 A sample holds key.latents.safetensors (mean, and logvar and known where they were kept, all `t h w c`), key.text.safetensors (for each
-caption field, such as txt, 0/txt.states `l d` and, where there is one, 0/txt.pooled; 1/ of a second encoder), the captions themselves,
-and key.json with the clip's shape. Worker processes read them without torch.
+caption field, such as txt, 0/txt.states `l d` and, where there is one, 0/txt.pooled; 1/ of a second encoder), where the model is told of
+first frames so key.image.safetensors (0/image.states `i e`), the captions themselves, and key.json with the clip's shape. Worker
+processes read them without torch.
 """
 
 import zlib
@@ -16,7 +17,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError, deserialize
 
 from dit_video.data.buckets import ClipShape
-from dit_video.data.encoding import BYTES, LATENTS, TEXT, Encoding, read_note
+from dit_video.data.encoding import BYTES, IMAGE, LATENTS, TEXT, Encoding, read_note
 from dit_video.data.reader import Job, RawStates, ReadClip, caption_members, captions_of
 from dit_video.data.shards import read_members
 
@@ -41,14 +42,17 @@ class EncodedReader:
         if job is None:
             return None
         record, shape = job.record, job.shape
-        for extension in (LATENTS, TEXT) if self.with_states else (LATENTS,):
+        own = [LATENTS, *([TEXT] if self.with_states else []), *([IMAGE] if self.encoding.image else [])]
+        for extension in own:
             if extension not in record.members:
                 raise ValueError(f"no {extension} among {sorted(record.members)}")
-        wanted = [LATENTS, *caption_members(record, self.captions, self.max_caption_chars), *([TEXT] if self.with_states else [])]
+        wanted = [*own, *caption_members(record, self.captions, self.max_caption_chars)]
         members = read_members(record, wanted)
         captions = captions_of(members, self.captions, self.max_caption_chars)
         self._latents(members[LATENTS], shape, out)
         states = self.states_in(members[TEXT], captions) if self.with_states else {}
+        if self.encoding.image:
+            states[IMAGE] = self._image(members[IMAGE])
         _, start = read_note(members[LATENTS])
         checksums = {name: zlib.crc32(data) for name, data in members.items() if record.members[name].checksum is None}
         return ReadClip(captions, True, start, False, checksums, states)
@@ -86,6 +90,12 @@ class EncodedReader:
             first, *others = (self._raw(tensors, name) for name in _names(tensors, field))
             states[field] = replace(first, others=tuple(others))
         return states
+
+    def _image(self, data: bytes) -> RawStates:
+        found = self.states_in(data, ["image"])["image"]
+        if found.shape != self.encoding.image_size:
+            raise ValueError(f"its first frame has states {found.shape}, {self.encoding.image_size} are expected")
+        return found
 
     def _raw(self, tensors: Mapping[str, Any], name: str) -> RawStates:
         found, pooled = tensors.get(f"{name}.states"), tensors.get(f"{name}.pooled")

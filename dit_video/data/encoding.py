@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from dit_video.data.buckets import ClipShape
 
-LATENTS, TEXT = "latents.safetensors", "text.safetensors"
+LATENTS, TEXT, IMAGE = "latents.safetensors", "text.safetensors", "image.safetensors"
 NOTHING = "nothing.safetensors"
 """A file beside the shards, with the states of the empty caption."""
 BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
@@ -25,6 +25,8 @@ class Encoding:
     known: bool  # whether the latents of the first frame with grey after it do
     text: str | None  # encoder and fingerprint of the captions' states; none: there are none
     clips: str  # how clips were cut from their sources, in words
+    image: str | None = None  # encoder and fingerprint of the first frames' states; none: there are none
+    image_size: tuple[int, int] = (0, 0)  # how many states a frame has, and their width
 
     def to_json(self) -> str:
         """One line that is the same for equal encodings."""
@@ -40,9 +42,9 @@ class Encoding:
         """Undoes to_json; ValueError where it is no encoding."""
         try:
             found = json.loads(text)
-            made = cls(**found | {"compression": tuple(found["compression"])})
-            sizes = (*made.compression, made.channels)
-            if made.dtype not in BYTES or len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            made = cls(**found | {name: tuple(found[name]) for name in ("compression", "image_size") if name in found})
+            sizes = (*made.compression, made.channels, *(made.image_size if made.image else (1, 1)))
+            if made.dtype not in BYTES or len(sizes) != 6 or not all(isinstance(size, int) and size > 0 for size in sizes):
                 raise ValueError(f"it is {made}")
             return made
         except (ValueError, TypeError, KeyError) as error:

@@ -19,7 +19,7 @@ from dit_video.data.audio import AudioFormat
 from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, TOO_SHORT, ClipShape, assign, level
 from dit_video.data.decode import DECODERS, Decoder, why_no_torchcodec
 from dit_video.data.encoded import EncodedReader
-from dit_video.data.encoding import LATENTS, NOTHING, one_encoding
+from dit_video.data.encoding import IMAGE, LATENTS, NOTHING, one_encoding
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import exists, expand_shards, open_file
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
@@ -375,6 +375,7 @@ class ClipLoader:
         audio = torch.zeros(count, self.audio.channels, self.audio.num_samples(shape.seconds)) if self.audio else None
         has_audio = torch.zeros(count, dtype=torch.bool)
         encoded: list[Encoded | None] = [None] * count
+        images: list[Encoded | None] = [None] * count
         captions, keys, weights, starts = [""] * count, [FILLER] * count, torch.zeros(count), torch.zeros(count)
         slots = torch.full((count,), step.first_slot)
         rows = itertools.count()
@@ -413,11 +414,14 @@ class ClipLoader:
                 if clip is not None:
                     chosen = self._caption(clip.captions, entry.slot)
                     captions[row], weights[row] = clip.captions[chosen], 1
-                    encoded[row] = clip.states.get(chosen)
+                    encoded[row], images[row] = clip.states.get(chosen), clip.states.get(IMAGE)
         sizes = [max(len(part), 1) for part in parts]
         batch = Batch(None, captions, keys, slots, shape.fps, weights, sizes, len(step.records), starts)
         if isinstance(self.reader, EncodedReader) and self.reader.with_states:
             batch.encoded = encoded
+        if self.encoding is not None and self.encoding.image:
+            blank = torch.zeros(self.encoding.image_size)
+            batch.image = torch.stack([blank if each is None else each.states.float() for each in images])
         if self.audio is not None:
             batch = replace(batch, audio=audio, audio_rate=self.audio.rate, has_audio=has_audio)
         if video.dtype == torch.uint8:  # whether it was stored as a video or as its frames

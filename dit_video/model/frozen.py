@@ -24,7 +24,8 @@ class Frozen(Generic[Module]):
     def __init__(self, load: Callable[[], Module], placement: Placement = "device") -> None:
         if placement not in ("device", "offload"):
             raise ValueError(
-                f"placement must be device or offload, got {placement!r}; set text.placement or autoencoder.placement"
+                f"placement must be device or offload, got {placement!r}; "
+                "set text.placement, autoencoder.placement or image_encoder.placement"
             )
         self._load, self.placement = load, placement
         self._module: Module | None = None

@@ -1,11 +1,13 @@
-"""The network that is trained, averaged and saved as one, a text encoder and a video transformer, and the frozen autoencoder beside it."""
+"""The network that is trained, averaged and saved as one, a text encoder and a video transformer, and what is frozen beside it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from dit_video.model.autoencoders import Autoencoder, Pixels
+from dit_video.model.pretrained_image import ImageEncoder
 from dit_video.model.text import TextEncoder
 from dit_video.model.transformer import Transformer
 from dit_video.model.wan import given_then_grey, image_control
@@ -15,10 +17,16 @@ from dit_video.shapes import Batch, Caption, Grid, Stream, Tokens, grid_of, to_f
 class Network(nn.Module):
     """Streams and captions in; each stream's values, and the hidden states asked for, out."""
 
-    def __init__(self, text: TextEncoder, transformer: Transformer, autoencoder: Autoencoder | None = None) -> None:
+    def __init__(
+        self,
+        text: TextEncoder,
+        transformer: Transformer,
+        autoencoder: Autoencoder | None = None,
+        image_encoder: ImageEncoder | None = None,
+    ) -> None:
         super().__init__()
         self.text, self.transformer = text, transformer
-        self.autoencoder = autoencoder or Pixels()
+        self.autoencoder, self.image_encoder = autoencoder or Pixels(), image_encoder
 
     @property
     def tokens(self) -> Tokens:
@@ -37,8 +45,28 @@ class Network(nn.Module):
         """Whether first frames are told by channels beside the latents, as published image-to-video models take them."""
         return bool(getattr(self.transformer, "control_channels", 0))
 
+    @property
+    def takes_image_states(self) -> bool:
+        """Whether it is told of first frames by states of an image encoder too."""
+        return bool(getattr(self.transformer, "image_dim", 0))
+
+    def image_states(self, frames: UInt8[Tensor, "b H W 3"]) -> Float[Tensor, "b i e"]:
+        """What the image encoder says of first frames."""
+        if self.image_encoder is None:
+            raise ValueError(
+                "the model takes states of an image encoder, and there is none; set image_encoder=clip and image_encoder.folder"
+            )
+        states: Tensor = self.image_encoder(frames)
+        return states
+
     def as_latents(self, batch: Batch) -> Batch:
         """The batch with latents of its clips, and what is told of their first frames, unless it came with them or pixels are made."""
+        if self.takes_image_states and batch.image is None:
+            if batch.video is None:
+                raise ValueError(
+                    "the model takes states of an image encoder, and these latents come without: encode them with this model"
+                )
+            batch = replace(batch, image=self.image_states(batch.video[:, 0]))
         if batch.latents is None and not isinstance(self.autoencoder, Pixels):
             assert batch.video is not None
             video = to_float(batch.video)
@@ -54,6 +82,11 @@ class Network(nn.Module):
         return replace(batch, control=image_control(batch.known, 1, self.tokens.patch, self.tokens.compression.t))
 
     def forward(
-        self, streams: dict[str, Stream], captions: Sequence[Caption], taps: tuple[str, ...] = ()
+        self,
+        streams: dict[str, Stream],
+        captions: Sequence[Caption],
+        taps: tuple[str, ...] = (),
+        image: Float[Tensor, "b i e"] | None = None,  # states of first frames, see image_states
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.transformer(streams, self.text(captions), taps)
+        context = self.text(captions)
+        return self.transformer(streams, context if image is None else replace(context, image=image), taps)

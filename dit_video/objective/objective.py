@@ -15,7 +15,9 @@ from dit_video.objective.tasks import Task, check_tasks, draw_task, given_tokens
 from dit_video.seeding import seeded
 from dit_video.shapes import Batch, Caption, Grid, Stream, Tokens, grid_of, patchify, real_slots
 
-Denoiser = Callable[[dict[str, Stream], Sequence[Caption], tuple[str, ...]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+Denoiser = Callable[
+    [dict[str, Stream], Sequence[Caption], tuple[str, ...], Tensor | None], tuple[dict[str, Tensor], dict[str, Tensor]]
+]
 
 
 @dataclass
@@ -141,7 +143,7 @@ class Objective(nn.Module):
         """Asks the network about corrupted clips and gives the loss of each."""
         stream, made = corrupted.stream, corrupted.made
         taps = tuple(tap for loss in self.extra.values() for tap in loss.taps)
-        outputs, tapped = network({"video": stream}, corrupted.captions, taps)
+        outputs, tapped = network({"video": stream}, corrupted.captions, taps, batch.image)
 
         # Given tokens leave before anything is divided by their time, which may be 0: a masked infinity would still be a NaN.
         time = torch.where(made, stream.level_per_token(), 0.5)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -109,7 +109,7 @@ def check_request(request: Request, trained: Trained) -> None:
     grid, pt = _grid(request, trained.tokens), trained.tokens.span.t
     trained.network.autoencoder.check_clip(valid_frames(request.num_frames, pt), request.height, request.width)
     given = request.given
-    if given is None and trained.network.takes_images:
+    if given is None and (trained.network.takes_images or trained.network.takes_image_states):
         raise ValueError("this model makes a clip from its first frame; give it, with image=")
     if given is not None and given.ndim != 4:
         raise ValueError(f"given frames are an array of frames, height, width and 3, got shape {given.shape}; give them so")
@@ -160,8 +160,9 @@ def _generate(trained: Trained, requests: list[Request], sampler: Sampler) -> li
     schedule = sampler.schedule(sampler.steps, shift)
     times = torch.where(given, 0.0, schedule.times.to(device)[:, None, None])  # s b n
 
-    told = _velocity(trained, stream, [request.prompt for request in requests], grid, schedule)
-    untold = _velocity(trained, stream, [request.negative_prompt or None for request in requests], grid, schedule)
+    image = _image_states(trained, requests)
+    told = _velocity(trained, stream, [request.prompt for request in requests], image, grid, schedule)
+    untold = _velocity(trained, stream, [request.negative_prompt or None for request in requests], image, grid, schedule)
     velocity = _guided(told, untold, sampler)
 
     def fresh(step: int) -> Tensor:
@@ -212,6 +213,15 @@ def _control(trained: Trained, requests: list[Request]) -> Float[Tensor, "b n c"
     return image_control(network.autoencoder.encode(clip), len(given), trained.tokens.patch, trained.tokens.compression.t)
 
 
+def _image_states(trained: Trained, requests: list[Request]) -> Float[Tensor, "b i e"] | None:
+    """What the image encoder says of the first frames, where the model asks it."""
+    network = trained.network
+    if not network.takes_image_states:
+        return None
+    first = [torch.from_numpy(request.given[0]) for request in requests if request.given is not None]
+    return network.image_states(torch.stack(first).to(next(network.parameters()).device))
+
+
 def _guided(told: Velocity, untold: Velocity, sampler: Sampler) -> Velocity:
     velocity = guided(told, untold, sampler.guidance, sampler.interval, sampler.rescale)
     if sampler.low_guidance is None:
@@ -219,12 +229,14 @@ def _guided(told: Velocity, untold: Velocity, sampler: Sampler) -> Velocity:
     return by_time(velocity, guided(told, untold, sampler.low_guidance, sampler.interval, sampler.rescale), sampler.boundary)
 
 
-def _velocity(trained: Trained, stream: Stream, captions: list[str | None], grid: Grid, schedule: Times) -> Velocity:
+def _velocity(
+    trained: Trained, stream: Stream, captions: list[str | None], image: Tensor | None, grid: Grid, schedule: Times
+) -> Velocity:
     """The network as a velocity of tokens at their times, for these captions."""
     patch = trained.tokens.patch
     real = repeat(real_slots(grid, patch), "n pt -> n (pt values)", values=stream.values.shape[-1] // patch.t)
     moves = real.to(stream.values.device) * ~stream.given[..., None]  # what is given stays, and so does the padding
-    context = trained.network.text(captions)  # the same at every step
+    context = replace(trained.network.text(captions), image=image)  # the same at every step
 
     def velocity(x: Float[Tensor, "b n p"], time: Float[Tensor, "b n"]) -> Float[Tensor, "b n p"]:
         seen, level = x, schedule.told_at(time)

@@ -47,6 +47,8 @@ def wan() -> None:
     by_pytest(1, "five steps, export, reload in diffusers", "model/test_published.py", "five_steps")
     by_pytest(1, "latents beside diffusers' pipelines", "sampler/test_wan_pipeline.py")
     by_pytest(1, "clips of a whole pipeline's folder beside diffusers'", "test_pipeline.py")
+    by_pytest(1, "Wan 2.1 looks at first frames: online, from a cache, sampled", "test_published_training.py", "first_frames")
+    by_pytest(1, "its image encoder beside transformers'", "model/test_pretrained_image.py")
     by_pytest(1, "trained by the program, exported, reloaded in diffusers", "test_published_training.py", "go_back")
 
 
