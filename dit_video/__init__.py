@@ -5,7 +5,7 @@ video = run.sample("a small red circle moves left", seed=7)  # uint8 T H W 3
 print(run.evaluate().metrics["adherence.held_out.all"])
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,17 @@ if TYPE_CHECKING:
     from dit_video.runs import Run
 
 
-def load(run: "Path | str", trust: "Sequence[str]" = (), device: str | None = None, weights: str = "ema") -> "Run":
-    """Opens a trained run's folder, or an export, for sampling and evaluation; its config may call dit_video and packages in `trust`."""
+def load(
+    run: "Path | str",
+    trust: "Sequence[str]" = (),
+    device: str | None = None,
+    weights: str = "ema",
+    folders: "Mapping[str, str] | None" = None,
+) -> "Run":
+    """Opens a trained run's folder, or an export, for sampling and evaluation; its config may call dit_video and packages in `trust`.
+
+    Frozen weights that lie elsewhere by now are named by their key: folders={"autoencoder.folder": "/data/vae"}.
+    """
     from dit_video.runs import Run  # a second of imports that the command line's --help does not need
 
-    return Run(run, trust, device, weights)
+    return Run(run, trust, device, weights, folders)

@@ -4,22 +4,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from dit_video.build import make
 from dit_video.eval.judge import Evaluation
-from dit_video.runs import Run
+from dit_video.runs import LOCATIONS, Run
 from dit_video.sampler.generate import Sampler
 
 
 def main(config: DictConfig) -> None:
     """Evaluates a run and prints what was found."""
-    run = Run(Path(config.run), trust=config.get("trust", ()))
+    run = open_run(config)
     result = run.evaluate(config.eval, chosen_sampler(run, config))
     print_metrics(result)
     Console().print(f"{run.folder}/evaluation.json and {run.folder}/report.html")
+
+
+def open_run(config: DictConfig) -> Run:
+    """The run that the command line names, with frozen weights from where it says that they lie."""
+    folders = {key: str(place) for key in LOCATIONS if (place := OmegaConf.select(config, key)) is not None}
+    return Run(Path(config.run), trust=config.get("trust", ()), folders=folders)
 
 
 def chosen_sampler(run: Run, config: DictConfig) -> Sampler:

@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,17 +54,37 @@ EXPORTED = "config.json"  # what makes a folder an export
 GALLERY_CLIPS, GALLERY_WRONG = 8, 3  # shown of every suite, and how many of them may be replaced by failures
 
 
+LOCATIONS = (
+    "autoencoder.folder",
+    "text.folder",
+    "text.tokenizer",
+    "image_encoder.folder",
+    "image_encoder.processor",
+    "init_from",
+)
+"""Keys of a run's config that say where weights lie which were made elsewhere, and may lie elsewhere by now."""
+
+
 class Run:
     """A run's folder, one that it was exported to, or a published pipeline's, opened for sampling.
 
     The network has its averaged weights, from the newest verified checkpoint; `weights` names others, such as network or ema-0.9995.
+    `folders` says where frozen weights lie now, by key (`LOCATIONS`), if not where the config says; ValueError where they are others than
+    those of training.
     """
 
     def __init__(
-        self, folder: Path | str, trust: Sequence[str] = (), device: str | None = None, weights: str = "ema"
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path | str,
+        trust: Sequence[str] = (),
+        device: str | None = None,
+        weights: str = "ema",
+        folders: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.config = read_config(self.folder, trust)
+        if folders:
+            move(self.config, folders)
         network = make_network(self.config, device="cpu")
         if self.config.get("lora"):
             start = start_in(Path(self.config.init_from), network)
@@ -72,6 +92,8 @@ class Run:
             checkpoint.warm_start(network, start, "ema")
             start.close()
         found = published.opened(self.folder) if published.is_published(self.folder) else saved_in(self.folder)
+        if folders and isinstance(found, Saved):
+            check_encoders(found.meta.get("encoders") or {}, network.encoders, "name the right one")
         checkpoint.load_weights(network, found, weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
@@ -235,6 +257,28 @@ def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:
         raise ValueError(f"{path} is not a run's config: it has no {missing[0]}; set run to another folder")
     check_targets(config, ("dit_video", *trust))
     return config
+
+
+def move(config: DictConfig, folders: Mapping[str, str]) -> None:
+    """Puts other places of frozen weights into a run's config; ValueError for a key that it has not."""
+    for key, place in folders.items():
+        inside = key.startswith("text.encoders.") and key.rpartition(".")[2] in ("folder", "tokenizer")
+        if key not in LOCATIONS and not inside:
+            raise ValueError(f"{key} is no place of frozen weights, those are {', '.join(LOCATIONS)}; leave it out")
+        where, _, name = key.rpartition(".")
+        part = OmegaConf.select(config, where) if where else config
+        if not isinstance(part, DictConfig) or name not in part:
+            raise ValueError(f"the run's config has no {key}, so there is nothing to be found elsewhere; leave it out")
+        part[name] = str(place)
+
+
+def check_encoders(then: Mapping[str, str | None], now: Mapping[str, str | None], what_else: str) -> None:
+    """ValueError where a run would go on, or sample, with other latents or states than it was begun with."""
+    for part, name in then.items():
+        if name and now.get(part) and now[part] != name:
+            raise ValueError(
+                f"this run was begun with {name}, and {part}.folder now holds {now[part]}; bring it back, or {what_else}"
+            )
 
 
 def read_yaml(path: Path) -> DictConfig:

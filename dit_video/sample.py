@@ -12,7 +12,7 @@ from rich.console import Console
 from dit_video.build import check_whole
 from dit_video.data.video_file import contact_sheet, read_image, read_video
 from dit_video.eval.judge import Clip
-from dit_video.evaluate import chosen_sampler
+from dit_video.evaluate import chosen_sampler, open_run
 from dit_video.runs import Run, check_folder, describe, write_clips
 from dit_video.sampler.generate import Request, check_request
 
@@ -22,7 +22,7 @@ def main(config: DictConfig) -> None:
     check_whole(config, 1, "count", "num_frames", "height", "width", "steps", "given_frames")
     check_whole(config, 0, "seed")
     prompts = read_prompts(config)
-    run = Run(Path(config.run), trust=config.get("trust", ()))
+    run = open_run(config)
     sampler = chosen_sampler(run, config)
     requests = [make_request(run, config, prompt, config.seed + number) for prompt in prompts for number in range(config.count)]
     for request in requests:

@@ -30,7 +30,7 @@ from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.network import Network
 from dit_video.model.text import split_words
 from dit_video.objective.tasks import check_given
-from dit_video.runs import Lock, check_base, identity, read_yaml, start_in, write_json, write_text
+from dit_video.runs import Lock, check_base, check_encoders, identity, read_yaml, start_in, write_json, write_text
 from dit_video.sampler.generate import Request, check_request, generate
 from dit_video.shapes import Batch
 from dit_video.trainer import checkpoint, heart
@@ -115,9 +115,9 @@ def train(config: DictConfig, folder: Path, hardware: Hardware, rank: int, spent
     if (nothing := loader.nothing()) is not None:
         module.network.text.take_nothing(nothing)
     stopping = Stopping(hardware.max_hours)
-    encoders = encoders_of(module.network)
+    encoders = by_first_rank(lambda: module.network.encoders)
     if saved and (then := saved.meta.get("encoders")) and not config.accept_changed_data:
-        by_first_rank(lambda: check_encoders(then, encoders))
+        by_first_rank(lambda: check_encoders(then, encoders, "set accept_changed_data=true"))
     about = {
         "encoders": encoders,
         "base": module.base,
@@ -292,27 +292,6 @@ def check_encoding(config: DictConfig, loader: ClipLoader, key: str = "data.shar
         raise ValueError(
             f"{NOTHING} is not beside {shards}, and without it the text encoder has to read the empty caption; copy it, or set text.folder"
         )
-
-
-def encoders_of(network: Network) -> dict[str, str | None]:
-    """Who makes latents and states, by fingerprint; none of what is not here, or is trained along."""
-    text, autoencoder, image_encoder = network.text, network.autoencoder, network.image_encoder
-    return by_first_rank(
-        lambda: {
-            "autoencoder": autoencoder.name if autoencoder.can_decode else None,
-            "text": text.name if text.is_frozen and text.is_here else None,
-            "image_encoder": image_encoder.name if image_encoder is not None and image_encoder.is_here else None,
-        }
-    )
-
-
-def check_encoders(then: dict[str, str | None], now: dict[str, str | None]) -> None:
-    """ValueError where a run would go on with other latents or states than it was begun with."""
-    for part, name in then.items():
-        if name and now.get(part) and now[part] != name:
-            raise ValueError(
-                f"this run was begun with {name}, and {part}.folder now holds {now[part]}; bring it back, or set accept_changed_data=true"
-            )
 
 
 def check_data(before: Path, loader: ClipLoader) -> None:

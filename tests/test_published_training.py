@@ -1,5 +1,6 @@
 """Published weights through the programs: train them or adapters beside them, go on, sample, and hand them back to diffusers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,36 @@ def test_a_model_that_looks_at_first_frames(
     assert one.shape == (9, 32, 32, 3) and (one != another).any()
     with pytest.raises(ValueError, match="from its first frame"):
         run.sample("snow", 0, **size)
+
+
+@pytest.mark.slow
+def test_frozen_weights_may_lie_elsewhere_by_now(
+    pretrained: Path, world_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An export is opened with the autoencoder's new place, in Python and by the programs; another one is refused."""
+    before = shutil.copytree(pretrained / "vae", tmp_path / "before")
+    assert train(pretrained, world_shards, tmp_path, "run", f"autoencoder.folder={before}") == 0
+    assert dit_video("checkpoint", "export", f"run={tmp_path}/run", f"out={tmp_path}/exported") == 0
+    size = {"num_frames": 9, "height": 32, "width": 32, "fps": 8.0}
+    wanted = package.load(tmp_path / "run").sample("snow", 0, **size)
+    now = before.rename(tmp_path / "now")
+    write_random_autoencoder(str(tmp_path / "another"), seed=3)
+    with pytest.raises(ValueError, match="before.*set autoencoder.folder"):
+        package.load(tmp_path / "exported").sample("snow", 0, **size)
+    run = package.load(tmp_path / "exported", folders={"autoencoder.folder": str(now)})
+    assert np.array_equal(run.sample("snow", 0, **size), wanted)
+    with pytest.raises(ValueError, match="autoencoder.folder now holds"):
+        package.load(tmp_path / "exported", folders={"autoencoder.folder": str(tmp_path / "another")})
+    wrong = {"autoencoder.channels": "is no place of frozen weights", "image_encoder.folder": "has no image_encoder.folder"}
+    for key, message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            package.load(tmp_path / "exported", folders={key: str(now)})
+
+    sample = ("sample", f"run={tmp_path}/exported", "prompt=snow", f"out={tmp_path}/out")
+    assert dit_video(*sample, f"autoencoder.folder={now}") == 0 and (tmp_path / "out" / "0000.mp4").is_file()
+    capsys.readouterr()
+    assert dit_video(*sample, f"autoencoder.folder={tmp_path}/another") == 1
+    assert "autoencoder.folder now holds" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_what_cannot_be_a_base_is_refused_in_a_line(

@@ -50,6 +50,16 @@ class Network(nn.Module):
         """Whether it is told of first frames by states of an image encoder too."""
         return bool(getattr(self.transformer, "image_dim", 0))
 
+    @property
+    def encoders(self) -> dict[str, str | None]:
+        """Who makes latents and states, by fingerprint; none of what is not here, or is trained along."""
+        images = self.image_encoder
+        return {
+            "autoencoder": self.autoencoder.name if self.autoencoder.can_decode else None,
+            "text": self.text.name if self.text.is_frozen and self.text.is_here else None,
+            "image_encoder": images.name if images is not None and images.is_here else None,
+        }
+
     def image_states(self, frames: UInt8[Tensor, "b H W 3"]) -> Float[Tensor, "b i e"]:
         """What the image encoder says of first frames."""
         if self.image_encoder is None:
