@@ -230,6 +230,7 @@ def _claim(out: Path, encoding: Encoding, source: ClipLoader) -> None:
     if note.is_file() and any(out.glob("*.tar*")):
         try:
             before = json.loads(note.read_text())
+            before["encoding"] = Encoding.from_json(before["encoding"]).to_json()  # which may be older than a key of it
             changed = [f"{key} {before[key]}, now {about[key]}" for key in ("encoding", "captions") if before[key] != about[key]]
             changed += [
                 f"{name} of {before['shards'][name]} bytes, now {size}"
@@ -368,7 +369,7 @@ def _readable(partial: Path, members: Mapping[str, Member]) -> bool:
             for extension, member in members.items():
                 file.seek(member.offset)
                 data = file.read(member.size)
-                if extension in (LATENTS, TEXT):
+                if extension in (LATENTS, TEXT, IMAGE):
                     read_note(data)
                     deserialize(data)
                 elif extension == "json":

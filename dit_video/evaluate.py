@@ -24,7 +24,8 @@ def main(config: DictConfig) -> None:
 
 def open_run(config: DictConfig) -> Run:
     """The run that the command line names, with frozen weights from where it says that they lie."""
-    folders = {key: str(place) for key in LOCATIONS if (place := OmegaConf.select(config, key)) is not None}
+    inside = [f"text.encoders.{name}.{key}" for name, own in config.text.encoders.items() for key in own]
+    folders = {key: str(place) for key in (*LOCATIONS, *inside) if (place := OmegaConf.select(config, key)) is not None}
     return Run(Path(config.run), trust=config.get("trust", ()), folders=folders)
 
 

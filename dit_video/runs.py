@@ -69,8 +69,8 @@ class Run:
     """A run's folder, one that it was exported to, or a published pipeline's, opened for sampling.
 
     The network has its averaged weights, from the newest verified checkpoint; `weights` names others, such as network or ema-0.9995.
-    `folders` says where frozen weights lie now, by key (`LOCATIONS`), if not where the config says; ValueError where they are others than
-    those of training.
+    `folders` says where frozen weights lie now, by key (`LOCATIONS`), if not where the config says; ValueError where the run has recorded
+    others.
     """
 
     def __init__(
@@ -93,7 +93,8 @@ class Run:
             start.close()
         found = published.opened(self.folder) if published.is_published(self.folder) else saved_in(self.folder)
         if folders and isinstance(found, Saved):
-            check_encoders(found.meta.get("encoders") or {}, network.encoders, "name the right one")
+            recorded = found.meta.get("encoders")
+            check_encoders(recorded if isinstance(recorded, dict) else {}, network.encoders, "name the right one")
         checkpoint.load_weights(network, found, weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
@@ -264,11 +265,14 @@ def move(config: DictConfig, folders: Mapping[str, str]) -> None:
     for key, place in folders.items():
         inside = key.startswith("text.encoders.") and key.rpartition(".")[2] in ("folder", "tokenizer")
         if key not in LOCATIONS and not inside:
-            raise ValueError(f"{key} is no place of frozen weights, those are {', '.join(LOCATIONS)}; leave it out")
+            known = ", ".join((*LOCATIONS, "text.encoders.NAME.folder"))
+            raise ValueError(f"{key} is no place of frozen weights, those are {known}; leave it out")
         where, _, name = key.rpartition(".")
         part = OmegaConf.select(config, where) if where else config
         if not isinstance(part, DictConfig) or name not in part:
-            raise ValueError(f"the run's config has no {key}, so there is nothing to be found elsewhere; leave it out")
+            encoders = list(config.text.get("encoders", {})) if where == "text" else []
+            instead = f"name text.encoders.{encoders[0]}.{name}" if encoders else "leave it out"
+            raise ValueError(f"the run's config has no {key}, so there is nothing to be found elsewhere; {instead}")
         part[name] = str(place)
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,10 @@ BESIDE_TRAINING = {
     "text.folder", "text.tokenizer", "text.placement", "text.cache", "text.memory_bytes",
 }  # fmt: skip
 """Keys that may change when a run goes on; all others decide its weights. (So does max_clips, but a longer run is a fair wish.)"""
+BESIDE_TRAINING_INSIDE = re.compile(r"text\.encoders\.[^.]+\.(folder|tokenizer|placement|cache|memory_bytes)")
+"""The same of encoders that are several."""
+UNSAID = {"text.depth": 0, "text.heads": 4}
+"""What a config meant that is older than a key, where it is something else than a part that was not chosen."""
 
 
 def main(config: DictConfig) -> None:
@@ -106,7 +111,7 @@ def train(config: DictConfig, folder: Path, hardware: Hardware, rank: int, spent
     options = make_options(config, folder)
     loader: ClipLoader = make(
         config.data, skipped_path=str(folder / "skipped.jsonl"), cost=cost_of(config), tokens=tokens_of(config),
-        micro_batches=math.lcm(config.data.micro_batches, layout.data_size), states=reads_states(config),
+        micro_batches=math.lcm(config.data.micro_batches, layout.data_size), states=reads_states(config), images=reads_images(config),
     )  # fmt: skip
     by_first_rank(lambda: check_encoding(config, loader))
     if saved and not config.accept_changed_data:
@@ -247,6 +252,11 @@ def reads_states(config: DictConfig) -> bool:
     return make_text(config).is_frozen
 
 
+def reads_images(config: DictConfig) -> bool:
+    """Whether states of first frames that lie in shards are of use."""
+    return make_network(config).takes_image_states
+
+
 def check_encoding(config: DictConfig, loader: ClipLoader, key: str = "data.shards") -> None:
     """ValueError where the clips were encoded with another autoencoder or text encoder, or are to be encoded and cannot be."""
     network, found = make_network(config), loader.encoding
@@ -323,12 +333,14 @@ def open_run(folder: Path, config: DictConfig, resume: Path | None) -> None:
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """The keys in which two configs differ, but for those that do not change what is trained."""
-    if key in BESIDE_TRAINING:
+    """The keys in which two configs differ, but for those that do not change what is trained, and for what was not there to be said yet."""
+    if key in BESIDE_TRAINING or BESIDE_TRAINING_INSIDE.fullmatch(key):
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
         return [d for name in names for d in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))]
+    if before is None and now == UNSAID.get(key, {}):
+        return []
     return [] if before == now else [f"{key}: {before} then, {now} now"]
 
 
@@ -428,6 +440,7 @@ def make_callbacks(
             max_clips=clips,
             random_start=False,
             states=reads_states(config),
+            images=reads_images(config),
             **ALL_AT_ONCE,
         )
         by_first_rank(lambda: check_encoding(config, held_out, "validation.shards"))
@@ -442,7 +455,7 @@ def can_sample(network: Network) -> bool:
     """Whether prompts alone can be made into clips with what is here; a warning says why not."""
     lacking = {
         "autoencoder.folder is null": not network.autoencoder.can_decode, "text.folder is null": not network.text.is_here,
-        "the model makes clips from first frames": network.takes_images,
+        "the model makes clips from first frames": network.takes_images or network.takes_image_states,
     }  # fmt: skip
     for why, it_does in lacking.items():
         if it_does:

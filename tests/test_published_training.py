@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from picture_towers import picture_tower
 from safetensors.torch import load_file
 from small_run import QUIET, dit_video, records, same, tensors
 from wan_models import reference, tokens_of
 
 import dit_video as package
+from dit_video.data.loader import ClipLoader
 from dit_video.data_tools.random_autoencoder import write_random_autoencoder
 from dit_video.seeding import seeded
 from dit_video.shapes import Context, Stream
@@ -27,16 +29,6 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_random_autoencoder(str(folder / "vae"))
     reference("t2v", **SIZES).save_pretrained(folder / "wan")  # type: ignore[operator]
     return folder
-
-
-def picture_tower(folder: Path, seed: int = 0) -> None:
-    """A random picture tower of CLIP with its processor, as transformers saves them."""
-    import transformers
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 10, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder)
-    transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
 def train(pretrained: Path, shards: Path, runs: Path, name: str, *words: object) -> int:
@@ -153,8 +145,17 @@ def test_a_model_that_looks_at_first_frames(
     assert begin(pretrained, tmp_path / "bare", tmp_path, "no", *model, clip) == 1
     assert "by no image encoder" in capsys.readouterr().err.strip().splitlines()[-1]
 
-    run, frame = package.load(tmp_path / "online"), np.full((1, 32, 32, 3), 90, np.uint8)
+    text = ("model=wan2.1_t2v_1.3b", "model.width=28", "data.random_start=false", "data.decoder=pyav", "every.record=8")
+    assert begin(pretrained, tmp_path / "encoded", tmp_path, "text", *text) == 0  # what a model does not look at is no harm
+    assert [line["train/loss"] for line in records(tmp_path / "text")]
     size = {"num_frames": 9, "height": 32, "width": 32, "fps": 8.0}
+    for images in (True, False):
+        loader = ClipLoader(f"{tmp_path}/encoded/*.tar", 4, **size, images=images, micro_batches=2)
+        batch = next(loader.batches())
+        assert (batch.image is not None) == images
+        assert [part.image.shape[0] for part in batch.micro_batches() if part.image is not None] == [2, 2] * images
+
+    run, frame = package.load(tmp_path / "online"), np.full((1, 32, 32, 3), 90, np.uint8)
     one, another = (run.sample("snow", 0, given=each, task="image_to_video", **size) for each in (frame, frame + 90))
     assert one.shape == (9, 32, 32, 3) and (one != another).any()
     with pytest.raises(ValueError, match="from its first frame"):

@@ -448,6 +448,17 @@ def test_a_changed_config_is_refused_with_what_differs_and_taken_when_it_is_acce
     assert train(world_shards, tmp_path, "run", *changed, "max_clips=48", "model.width=64", "accept_changed_config=true") == 1
 
 
+def test_a_config_from_before_a_key_was_there_is_no_other_config() -> None:
+    from dit_video.train import differences
+
+    assert not differences({"text": {"dim": 8}}, {"image_encoder": {}, "lora": {}, "text": {"dim": 8, "depth": 0, "heads": 4}})
+    assert differences({"text": {"dim": 8}}, {"text": {"dim": 8, "depth": 2}}) == ["text.depth: None then, 2 now"]
+    assert differences({}, {"image_encoder": {"dim": 10}}) and differences({"text": {"dim": 8}}, {"text": {}})
+    several = {"text": {"encoders": {"t5": {"folder": "a", "dim": 8}}}}
+    assert not differences(several, {"text": {"encoders": {"t5": {"folder": "b", "dim": 8}}}})
+    assert differences(several, {"text": {"encoders": {"t5": {"folder": "a", "dim": 9}}}})
+
+
 def test_what_fails_beside_training_is_told_and_changes_nothing(
     straight: Path, world_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

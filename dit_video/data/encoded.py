@@ -32,6 +32,7 @@ class EncodedReader:
     captions: tuple[str, ...]
     max_caption_chars: int
     states: bool = True  # whether the captions' states are wanted, where there are any
+    images: bool = True  # the same of the first frames'
 
     def num_bytes(self, shape: ClipShape) -> int:
         """What `out` must hold for a clip."""
@@ -42,7 +43,7 @@ class EncodedReader:
         if job is None:
             return None
         record, shape = job.record, job.shape
-        own = [LATENTS, *([TEXT] if self.with_states else []), *([IMAGE] if self.encoding.image else [])]
+        own = [LATENTS, *([TEXT] if self.with_states else []), *([IMAGE] if self.with_images else [])]
         for extension in own:
             if extension not in record.members:
                 raise ValueError(f"no {extension} among {sorted(record.members)}")
@@ -51,7 +52,7 @@ class EncodedReader:
         captions = captions_of(members, self.captions, self.max_caption_chars)
         self._latents(members[LATENTS], shape, out)
         states = self.states_in(members[TEXT], captions) if self.with_states else {}
-        if self.encoding.image:
+        if self.with_images:
             states[IMAGE] = self._image(members[IMAGE])
         _, start = read_note(members[LATENTS])
         checksums = {name: zlib.crc32(data) for name, data in members.items() if record.members[name].checksum is None}
@@ -61,6 +62,11 @@ class EncodedReader:
     def with_states(self) -> bool:
         """Whether states are read."""
         return self.states and self.encoding.text is not None
+
+    @property
+    def with_images(self) -> bool:
+        """Whether states of first frames are read."""
+        return self.images and self.encoding.image is not None
 
     def _tensors(self, data: bytes, what: str) -> dict[str, dict[str, Any]]:
         try:

@@ -11,6 +11,7 @@ NOTHING = "nothing.safetensors"
 """A file beside the shards, with the states of the empty caption."""
 BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 MAX_HEADER_BYTES = 2**20
+MAX_SIZE = 2**16  # of a note's sizes, by which memory is made
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Encoding:
             found = json.loads(text)
             made = cls(**found | {name: tuple(found[name]) for name in ("compression", "image_size") if name in found})
             sizes = (*made.compression, made.channels, *(made.image_size if made.image else (1, 1)))
-            if made.dtype not in BYTES or len(sizes) != 6 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            lengths = (len(made.compression), len(made.image_size))
+            whole = all(isinstance(size, int) and 0 < size <= MAX_SIZE for size in sizes)
+            if made.dtype not in BYTES or lengths != (3, 2) or not whole:
                 raise ValueError(f"it is {made}")
             return made
         except (ValueError, TypeError, KeyError) as error:

@@ -88,7 +88,8 @@ class ClipLoader:
     and fps. A clip that is broken, too short or without a usable caption keeps its slot: zeros for pixels, no caption, weight 0, and one
     line in `skipped_path`. BadDataError, naming the key to change: shards that hold no usable clip, 16 bad clips in a row, or more
     than max_bad_fraction of a window of 100 to 1000 clips. Sources longer than the clip are cut at a place drawn from (seed, slot),
-    unless random_start is off. Clips that are the same at every visit are decoded once and kept, up to cache_bytes.
+    unless random_start is off. Of clips that are stored as latents, states of captions and of first frames are read where they are wanted
+    (`states`, `images`). Clips that are the same at every visit are decoded once and kept, up to cache_bytes.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class ClipLoader:
         audio_rate: int | None = None,
         audio_channels: int = 1,
         states: bool = True,
+        images: bool = True,
         look: bool = False,
     ) -> None:
         if decoder not in DECODERS:
@@ -169,7 +171,7 @@ class ClipLoader:
             raise ValueError("shards of latents hold no sound; set data.audio_rate=null, or data.shards to videos")
         self.reader: ClipReader | EncodedReader = (
             ClipReader(seed, decoder, tuple(self.fields), max_caption_chars, random_start, self.audio)
-            if self.encoding is None else EncodedReader(self.encoding, tuple(self.fields), max_caption_chars, states)
+            if self.encoding is None else EncodedReader(self.encoding, tuple(self.fields), max_caption_chars, states, images)
         )  # fmt: skip
         self._check_members(caption_ext if captions is None else None)
         owner = np.repeat(np.arange(len(paths)), [len(each) for each in paths.values()])
@@ -419,7 +421,7 @@ class ClipLoader:
         batch = Batch(None, captions, keys, slots, shape.fps, weights, sizes, len(step.records), starts)
         if isinstance(self.reader, EncodedReader) and self.reader.with_states:
             batch.encoded = encoded
-        if self.encoding is not None and self.encoding.image:
+        if self.encoding is not None and isinstance(self.reader, EncodedReader) and self.reader.with_images:
             blank = torch.zeros(self.encoding.image_size)
             batch.image = torch.stack([blank if each is None else each.states.float() for each in images])
         if self.audio is not None:

@@ -13,7 +13,7 @@ from dit_video.sampler.generate import Request
 from dit_video.world.captions import prompts, underspecified, word
 from dit_video.world.paraphrases import Words, paraphrase
 from dit_video.world.render import render
-from dit_video.world.state import MARGIN, TRAVEL, Scene, centre_box, combinations, sample_scene
+from dit_video.world.state import ATTRIBUTES, MARGIN, TRAVEL, Scene, centre_box, combinations, sample_scene
 
 Choice = tuple[dict[str, str], tuple[str, str]]  # an object and two motions
 Split = Literal["seen", "held_out"]
@@ -82,20 +82,22 @@ class PromptSuite(WorldSuite):
 class ParaphraseSuite(PromptSuite):
     """Fully specified prompts in sentences of a split of `world.paraphrases`, of which none but those of training is in any caption.
 
-    So many of the attributes, size, colour, shape and motion, are said in words that no caption has either.
+    So many of the attributes, size, colour, shape and motion, are said in phrases that no caption has either; None: all.
     """
 
     words: Words = "unseen"
-    new_words: int = 0
+    new_words: int | None = None
 
     def describe(self) -> str:
-        new = "" if self.words == "training" else f", {self.new_words} of its attributes in words never told"
+        count = "all" if self.new_words is None else self.new_words
+        new = "" if self.words == "training" else f", {count} of its attributes in phrases never told"
         return f"{super().describe()}, paraphrased in a sentence of split {self.words}{new}"
 
     def requests(self) -> list[Request]:
-        rng = np.random.default_rng([self.seed, 5, get_args(Words).index(self.words), self.new_words])
+        new_words = len(ATTRIBUTES) if self.new_words is None else self.new_words
+        rng = np.random.default_rng([self.seed, 5, get_args(Words).index(self.words), new_words])
         asked = prompts(self.split, self.count, self.seed, self.num_frames)
-        said = [paraphrase(rng, caption.attributes, self.words, self.new_words) for caption in asked]
+        said = [paraphrase(rng, caption.attributes, self.words, new_words) for caption in asked]
         return [
             self.ask(number, text, caption.attributes) for number, (text, caption) in enumerate(zip(said, asked, strict=True))
         ]

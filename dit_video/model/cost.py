@@ -43,7 +43,7 @@ _PARTS = (  # a parameter's name, its part, and what there is one of for every r
 )
 
 IMAGE_STATES = 257
-"""States of the image encoder that Wan 2.1 takes: CLIP's, of 16 x 16 patches and one for all."""
+"""States of the image encoder that Wan 2.1 takes, where there is none to ask: CLIP's, of 16 x 16 patches and one for all."""
 
 
 def parameters_by_part(network: Network) -> dict[str, int]:
@@ -67,7 +67,8 @@ def flops_by_part(
     transformer = network.transformer
     tokens = {name: 0 for name in transformer.ends} | dict(other_tokens or {}) | {"video": grid.num_tokens}
     all_tokens = sum(tokens.values())
-    rows = {"word": num_words, "level": num_levels, "caption": 1, "image state": IMAGE_STATES}
+    seen = IMAGE_STATES if network.image_encoder is None else network.image_encoder.tokens
+    rows = {"word": num_words, "level": num_levels, "caption": 1, "image state": seen}
     if isinstance(transformer, WanTransformer | WanExperts):  # which looks at zeros after a caption
         rows["state"] = transformer.text_length
     flops: dict[str, int] = {}
@@ -93,7 +94,7 @@ def flops_by_part(
             add("attention", 2 * all_tokens**2 * inner)
             add("text cross-attention", 2 * all_tokens * rows["state"] * inner)
             if block.cross.has_image:
-                add("image cross-attention", 2 * all_tokens * IMAGE_STATES * inner)
+                add("image cross-attention", 2 * all_tokens * rows["image state"] * inner)
             continue
         assert isinstance(block, Block)
         for name, own in block.streams.items():

@@ -12,6 +12,7 @@ from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 Placement = Literal["device", "offload"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Frozen(Generic[Module]):
@@ -47,10 +48,10 @@ class Frozen(Generic[Module]):
                 self._module.to("cpu")
 
 
-def num_weights(files: Sequence[Path]) -> int:
-    """How many numbers safetensors hold, as their headers say."""
+def num_weights(files: Sequence[Path], prefix: str = "") -> int:
+    """How many numbers safetensors hold, as their headers say, in tensors whose names begin so."""
     total = 0
     for path in files:
         with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys() if name.startswith(prefix))  # noqa: SIM118
     return total

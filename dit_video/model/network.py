@@ -71,7 +71,9 @@ class Network(nn.Module):
 
     def as_latents(self, batch: Batch) -> Batch:
         """The batch with latents of its clips, and what is told of their first frames, unless it came with them or pixels are made."""
-        if self.takes_image_states and batch.image is None:
+        if not self.takes_image_states:
+            batch = replace(batch, image=None)  # which may lie in shards that another model reads too
+        elif batch.image is None:
             if batch.video is None:
                 raise ValueError(
                     "the model takes states of an image encoder, and these latents come without: encode them with this model"

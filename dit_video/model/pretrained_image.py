@@ -14,12 +14,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dit_video.model.frozen import Frozen, Placement, num_weights
-from dit_video.model.pretrained_text import Precision
+from dit_video.model.frozen import Frozen, Placement, Precision, num_weights
 from dit_video.model.transformers_folders import checksum, find_folder, one_line, quiet, read_config, unusable, weight_files
 
 KEY = "image_encoder.folder"
-PROCESSOR = "preprocessor_config.json"
+PROCESSOR, PROCESSOR_KEY = "preprocessor_config.json", "image_encoder.processor"
 KINDS = ("clip", "clip_vision_model")
 
 
@@ -58,9 +57,9 @@ class ImageEncoder(nn.Module):
     @cached_property
     def fingerprint(self) -> str:
         """Changes with all that states depend on: the config, the processor, the weights' bytes, the layer and the precision."""
-        folder, processor = find_folder(self.folder, KEY), self._processor()
-        sums = [checksum(path) for path in [folder / "config.json", processor, *weight_files(folder, KEY)]]
-        return hashlib.sha256(json.dumps([sums, self.layer, self.dtype]).encode()).hexdigest()[:16]
+        folder = find_folder(self.folder, KEY)
+        sums = [checksum(path) for path in [folder / "config.json", *weight_files(folder, KEY)]]
+        return hashlib.sha256(json.dumps([sums, self._processor(), self.layer, self.dtype]).encode()).hexdigest()[:16]
 
     @property
     def kept(self) -> torch.dtype:
@@ -72,7 +71,9 @@ class ImageEncoder(nn.Module):
         """What its weights hold of the device between uses."""
         if not self.is_here or self.pretrained.placement != "device":
             return 0
-        return num_weights(weight_files(find_folder(self.folder, KEY), KEY)) * self.kept.itemsize
+        folder = find_folder(self.folder, KEY)
+        tower = "vision_model." if read_config(folder, KEY)["model_type"] == "clip" else ""  # beside CLIP's for text
+        return num_weights(weight_files(folder, KEY), tower) * self.kept.itemsize
 
     def check(self) -> None:
         """ValueError where it cannot be used, as far as a glance tells."""
@@ -89,16 +90,23 @@ class ImageEncoder(nn.Module):
         with self.pretrained.on(frames.device) as model:
             return torch.stack([model(frame) for frame in frames])
 
-    def _processor(self) -> Path:
-        path = find_folder(self.processor_folder, "image_encoder.processor") / PROCESSOR
-        if not path.is_file():
-            raise ValueError(f"{path} is not there; set image_encoder.processor to the folder that has it")
-        return path
+    def _processor(self) -> dict[str, Any]:
+        """How frames are prepared, as the processor's file says and nothing else."""
+        path = find_folder(self.processor_folder, PROCESSOR_KEY) / PROCESSOR
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path} is not there; set {PROCESSOR_KEY} to the folder that has it") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be used: {error}; set {PROCESSOR_KEY}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} cannot be used: it is no mapping; set {PROCESSOR_KEY}")
+        return found
 
     def _load(self) -> "Tower":
         self.check()
-        folder, processor = find_folder(self.folder, KEY), self._processor().parent
-        tower = load(folder, processor, self.layer, self.kept)
+        folder = find_folder(self.folder, KEY)
+        tower = load(folder, self._processor(), self.layer, self.kept)
         try:
             states = tower(torch.zeros(32, 32, 3, dtype=torch.uint8))
         except IndexError as error:
@@ -128,7 +136,7 @@ class Tower(nn.Module):
         return output.hidden_states[self.layer][0].float()
 
 
-def load(folder: Path, processor: Path, layer: int, dtype: torch.dtype) -> Tower:
+def load(folder: Path, processor: dict[str, Any], layer: int, dtype: torch.dtype) -> Tower:
     """A folder's picture tower with all its weights; ValueError saying what is wrong and which key to change."""
     try:
         import transformers
@@ -136,9 +144,9 @@ def load(folder: Path, processor: Path, layer: int, dtype: torch.dtype) -> Tower
         raise ValueError("this image encoder needs transformers: pip install 'dit-video[text]'") from error
     with quiet(transformers):
         try:
-            prepare = transformers.CLIPImageProcessorPil.from_pretrained(processor, local_files_only=True)
+            prepare = transformers.CLIPImageProcessorPil.from_dict(processor)
         except Exception as error:
-            raise ValueError(f"{processor / PROCESSOR} cannot be used: {one_line(error)}; set image_encoder.processor") from error
+            raise ValueError(f"{PROCESSOR} cannot be used: {one_line(error)}; set {PROCESSOR_KEY}") from error
         try:
             make: Any = transformers.CLIPVisionModel
             model, told = make.from_pretrained(

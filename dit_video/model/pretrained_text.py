@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dit_video.model.frozen import Frozen, Placement, num_weights
+from dit_video.model.frozen import Frozen, Placement, Precision, num_weights
 from dit_video.model.layers import RMSNorm, linear
 from dit_video.model.remembered import Counts, Remembered
 from dit_video.model.text import TextEncoder, TextLayer, says, split_words
@@ -28,7 +28,6 @@ from dit_video.shapes import Caption, Context, Encoded
 
 KEY = "text.folder"
 Pooled = Literal["none", "mean", "cls", "eos", "projection"]
-Precision = Literal["float32", "bfloat16", "float16"]
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
@@ -287,7 +286,12 @@ class Several(TextEncoder):
     def forward(self, captions: Sequence[Caption]) -> Context:
         split = [self._split(caption) for caption in captions]
         contexts = {name: encoder([each[i] for each in split]) for i, (name, encoder) in enumerate(self.encoders.items())}
-        states = [self.linears[name](self.norms[name](context.states)) for name, context in contexts.items()]
+        states = [
+            self.linears[name](
+                self.norms[name](context.states.to(self.linears[name].weight.dtype))
+            )  # which may be gathered in another
+            for name, context in contexts.items()
+        ]
         pooled = [context.pooled for context in contexts.values() if context.pooled is not None]
         joined, lengths = closed_up(states, [context.lengths for context in contexts.values()])
         for layer in self.layers:
@@ -359,8 +363,6 @@ def load(folder: Path, tokenizer_folder: Path, reading: Reading, dim: int, poole
     """A folder's encoder with all its weights, tried on a word; ValueError saying what is wrong and which key to change."""
     found = read_config(folder, KEY)
     files = weight_files(folder, KEY)
-    if (folder / "adapter_config.json").is_file():
-        raise unusable(folder / "adapter_config.json", "is of an adapter, which is not applied: merge it into the weights", KEY)
     try:
         import transformers
     except ImportError as error:

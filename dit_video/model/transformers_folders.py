@@ -47,7 +47,9 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, key: str) -> list[Path]:
-    """The files with the weights, which are safetensors and all there."""
+    """The files with the weights, which are safetensors and all there, and no adapter's, which transformers would apply."""
+    if (folder / "adapter_config.json").is_file():
+        raise unusable(folder / "adapter_config.json", "is of an adapter, which is not applied: merge it into the weights", key)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]

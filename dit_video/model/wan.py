@@ -274,7 +274,7 @@ class WanExperts(Transformer):
         self.boundary = boundary
         self.high, self.low = expert(attention=attention), expert(attention=attention)
         self.patch, self.channels, self.reference_rate = self.high.patch, self.high.channels, self.high.reference_rate
-        self.control_channels = self.high.control_channels
+        self.control_channels, self.image_dim = self.high.control_channels, self.high.image_dim
         self.head_dim, self.text_length = self.high.head_dim, self.high.text_length
         self.ends = {"video": self.high.ends["video"]}  # these two are the experts', under another name
         self.blocks = (*self.high.blocks, *self.low.blocks)

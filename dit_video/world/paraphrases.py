@@ -1,8 +1,9 @@
 """State to words in many ways: synonyms of every value and sentences of many shapes, for models that are to follow what is meant.
 
 They come in three splits: `training` is what captions of clips are made of, `tuning` is for choosing a recipe, `unseen` for its final
-numbers. No sentence and no word of the latter two occurs in a caption of a clip. What is asked in a sentence of theirs is a paraphrase
-that was never seen; how many of its words are new, too, is the caller's choice. Results: experiments/002_paraphrases.
+numbers. No sentence and no phrase of the latter two occurs in a caption of a clip, though a word of a phrase may ("roof shape"). What is
+asked in a sentence of theirs is a paraphrase that was never seen; how many of its phrases are new, too, is the caller's choice.
+Results: experiments/002_paraphrases.
 """
 
 import re
@@ -291,7 +292,7 @@ def paraphrase(
 ) -> str:
     """Says these attributes, all or some, by a sentence of a split, drawn, and synonyms, each drawn as often as any other.
 
-    `new_words` of the attributes, drawn, are said in the split's own words and the others in those of training; None: all of them.
+    `new_words` of the attributes, drawn, are said in the split's own phrases and the others in those of training; None: all of them.
     """
     if words not in get_args(Words):
         raise ValueError(f"words are of split {', '.join(get_args(Words))}, got {words!r}; set words")

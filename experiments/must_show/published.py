@@ -79,11 +79,11 @@ def paraphrases() -> None:
             metrics = json.loads((run / "evaluation.json").read_text())["metrics"]
             for suite, what, bound in (
                 ("seen", "seen combinations, plain", 0.95),
-                ("paraphrases_seen", "told words and sentences", None),
+                ("paraphrases_seen", "told phrases and sentences", None),
                 ("paraphrases", "unseen paraphrases: a sentence never told", 0.90),
                 ("paraphrases_held_out", "the same, combinations never told", None),
-                ("one_new_word", "and one of four words never told", None),
-                ("four_new_words", "and no word ever told", None),
+                ("one_new_word", "and one of four phrases never told", None),
+                ("four_new_words", "and no phrase ever told", None),
             ):
                 each = metrics[f"adherence.{suite}.all"]
                 told = f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f}) of {each['count']}"

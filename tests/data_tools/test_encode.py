@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from picture_towers import picture_tower
 from safetensors.torch import load, save
 from small_run import QUIET, SMALL, dit_video, files_of, records
 
-from dit_video.data.encoding import LATENTS, Encoding, note_of
+from dit_video.data.encoding import IMAGE, LATENTS, Encoding, note_of
 from dit_video.data.errors import BadDataError
 from dit_video.data.index import index_of, write_index
 from dit_video.data.loader import ClipLoader
@@ -25,6 +26,7 @@ from dit_video.data_tools.random_autoencoder import write_random_autoencoder
 from dit_video.model.autoencoders import Pixels
 from dit_video.model.network import Network
 from dit_video.model.pretrained_autoencoder import DiffusersAutoencoder
+from dit_video.model.pretrained_image import ImageEncoder
 from dit_video.model.pretrained_text import PretrainedText
 from dit_video.shapes import Batch
 
@@ -320,6 +322,41 @@ def test_what_a_folder_was_made_of_may_not_change_under_it(world_shards: Path, w
     more = shard_of(tmp_path / "in", "1.tar", ("k9", clip))
     encode_shards(tmp_path / "out", loader_of([str(shard), str(more)]), Pixels())  # a source may grow
     assert loader_of(tmp_path / "out").num_clips == 4
+
+
+def test_a_folder_that_was_begun_before_a_note_had_all_its_keys_goes_on(world_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode_shards(out, loader_of(world_shards), Pixels())
+    about = json.loads((out / "encoding.json").read_text())
+    older = json.loads(about["encoding"])
+    del older["image"], older["image_size"]
+    (out / "encoding.json").write_text(json.dumps(about | {"encoding": json.dumps(older)}))
+    encode_shards(out, loader_of(world_shards), Pixels())
+    assert Encoding.from_json(json.dumps(older)) == loader_of(out).encoding
+    for wrong in ({"image": "clip", "image_size": [5]}, {"image": "clip", "image_size": [5, 2**40]}, {"compression": [4, 8]}):
+        with pytest.raises(ValueError, match="cannot be read"):
+            Encoding.from_json(json.dumps(older | wrong))
+
+
+def test_states_of_a_first_frame_that_a_crash_left_as_zeros_are_made_again(world_shards: Path, tmp_path: Path) -> None:
+    picture_tower(tmp_path / "clip")
+    tower = ImageEncoder(str(tmp_path / "clip"), dim=10, tokens=5)
+    encode_shards(tmp_path / "whole", loader_of(world_shards), Pixels(), image_encoder=tower)
+    loader = loader_of(tmp_path / "whole")
+    number = next(i for i in range(64) if loader.clips.record(i).shard.name == "00001.tar" and i % 32 == 5)
+    image = loader.clips.record(number).members[IMAGE]
+    end = max(member.offset + member.size for member in loader.clips.record(number).members.values())
+    data = bytearray((tmp_path / "whole" / "00001.tar").read_bytes()[: -(-end // 512) * 512])
+    data[image.offset : image.offset + image.size] = bytes(image.size)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for name in ("encoding.json", "00000.tar", "00000.index.safetensors"):
+        (cut / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (cut / "00001.tar.partial").write_bytes(data)
+    encode_shards(cut, loader_of(world_shards), Pixels(), image_encoder=tower)
+    assert files_of(cut) == files_of(tmp_path / "whole")
+    batch = next(loader.batches())
+    assert batch.image is not None and batch.video is not None and torch.equal(batch.image, tower(batch.video[:, 0]))
 
 
 def test_broken_clips_are_listed_and_too_many_stop_it(world_shards: Path, tmp_path: Path) -> None:

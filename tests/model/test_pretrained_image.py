@@ -67,7 +67,9 @@ def test_a_whole_clip_model_has_a_picture_tower(folder: Path, tmp_path: Path) ->
     model = transformers.CLIPVisionModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         wanted = model(pixels, output_hidden_states=True).hidden_states[-2]
-    torch.testing.assert_close(encoder_of(tmp_path, processor=str(folder))(FRAMES), wanted, atol=1e-5, rtol=1e-5)
+    encoder = encoder_of(tmp_path, processor=str(folder))
+    torch.testing.assert_close(encoder(FRAMES), wanted, atol=1e-5, rtol=1e-5)
+    assert encoder.device_bytes() == encoder_of(folder).device_bytes()  # the tower for text is not among them
 
 
 def test_nothing_of_it_is_trained_saved_or_made_without_contents(folder: Path) -> None:
@@ -84,6 +86,9 @@ def test_the_name_changes_with_whatever_states_depend_on(folder: Path, tmp_path:
     names = {encoder_of(folder).name, encoder_of(folder, layer=-1).name, encoder_of(folder, dtype="bfloat16").name}
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     assert encoder_of(copy).name in names
+    before = encoder_of(copy)(FRAMES)
+    (copy / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [0.0, 0.0, 0.0]}}))
+    assert encoder_of(copy).name in names and torch.equal(encoder_of(copy)(FRAMES), before)  # it is not looked at
     changed(copy / PROCESSOR, image_mean=[0.5, 0.5, 0.5])
     assert len(names | {encoder_of(copy).name}) == 4
 
@@ -106,6 +111,9 @@ WRONG: dict[str, tuple[Change, dict[str, Any], str]] = {
     ),
     "another width": (lambda path: None, {"dim": 12}, "gives 5 states of width 10, 5 of 12 are expected; set image_encoder.tokens"),
     "other patches": (lambda path: None, {"tokens": 257}, "257 of 10 are expected; set image_encoder.tokens"),
+    "an adapter": (
+        lambda path: (path / "adapter_config.json").write_text("{}"), {}, "adapter_config.json is of an adapter.*image_encoder.folder",
+    ),
     "no such layer": (lambda path: None, {"layer": 9}, "has no layer 9.*set image_encoder.layer"),
     "fewer layers": (
         lambda path: changed(path / "config.json", num_hidden_layers=5), {}, "lacks weights",

@@ -15,7 +15,7 @@ import torch
 from text_models import ALONE, TEXTS, WHOLE, config_of, save_tokenizer
 
 from dit_video.model.layers import initialise, linear
-from dit_video.model.pretrained_text import PretrainedText, Several
+from dit_video.model.pretrained_text import PretrainedText, Several, closed_up
 from dit_video.model.transformers_folders import find_folder
 from dit_video.shapes import Encoded
 
@@ -313,6 +313,17 @@ def test_several_encoders(saved: Callable) -> None:
     assert all(linear.weight.grad is not None for linear in several.linears.values())
 
 
+def test_states_of_several_follow_each_other_whatever_their_lengths() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(4, length, 3, generator=generator) for length in (5, 2, 7)]
+    lengths = [torch.tensor(each) for each in ([5, 1, 3, 2], [1, 2, 2, 1], [1, 7, 4, 6])]
+    joined, whole = closed_up(states, lengths)
+    for row in range(4):
+        wanted = torch.cat([x[row, : own[row]] for x, own in zip(states, lengths, strict=True)])
+        assert torch.equal(joined[row, : whole[row]], wanted) and whole[row] == len(wanted)
+        assert not joined[row, whole[row] :].any()
+
+
 def test_layers_over_states(saved: Callable) -> None:
     """A caption's refined states know each other and no other caption's."""
     with torch.device("meta"):
@@ -333,6 +344,10 @@ def test_layers_over_states(saved: Callable) -> None:
     refined(TEXTS).states[0, 0].square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in refined.layers[0].qkv.parameters())
     assert refined.is_frozen  # what is kept are the encoders' states
+    halved = Several({"clip": PretrainedText(saved("clip"), 24, max_tokens=40, no_caption="encoded")}, 12, 0, depth=1, heads=3)
+    initialise(halved, 0)
+    halved.linears.bfloat16(), halved.norms.bfloat16(), halved.layers.bfloat16()  # as where weights are gathered so
+    assert halved([TEXTS[0], None]).states.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="divide dim 12, got 1 and 5; set text.depth, text.heads"):
         Several(encoders, dim=12, pooled_dim=0, depth=1, heads=5)
 
