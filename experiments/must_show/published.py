@@ -145,6 +145,7 @@ def hostile() -> None:
     by_pytest(6, "adapters", "model/test_lora.py", "clear_line or not_opened or refused")
     by_pytest(6, "autoencoders", "model/test_autoencoders.py", "cannot_be or unpickled")
     by_pytest(6, "text encoders", "model/test_pretrained_text.py", "refused or executed or folder")
+    by_pytest(6, "image encoders", "model/test_pretrained_image.py", "refused")
     by_pytest(6, "bases of a training", "test_published_training.py", "refused")
 
 
