@@ -30,14 +30,13 @@ _SIZES = {
     "small": _split(
         """small, little, tiny, miniature, compact, petite, smallish, mini, minute, wee, undersized, pint-sized, puny,
         microscopic, dinky, diminutive, itty-bitty, toy-sized, pocket-sized, pea-sized, shrunken, rather small, very small,
-        not very big, small-sized, minuscule""",
+        small-sized, minuscule""",
         "bite-sized, thumbnail-sized",
         "teeny, dwarf",
     ),
     "large": _split(
-        """large, big, huge, giant, gigantic, massive, enormous, oversized, sizable, bulky, hefty, immense, jumbo, great,
-        extra-large, king-sized, vast, towering, whopping, humongous, hulking, rather large, very big, not at all small,
-        large-sized, colossal""",
+        """large, big, huge, giant, gigantic, massive, enormous, oversized, sizable, bulky, hefty, immense, jumbo,
+        extra-large, king-sized, vast, towering, whopping, humongous, hulking, rather large, very big, large-sized, colossal""",
         "largish, outsized",
         "mammoth, tremendous",
     ),
@@ -89,23 +88,22 @@ _COLOURS = {
 _SHAPES = {
     "circle": _split(
         """circle, ball, dot, disc, disk, orb, sphere, round shape, circular shape, round object, circular thing, coin,
-        button, marble, wheel, spot, bead, plate, moon, rounded shape, round blob, round thing, circular patch, balloon,
-        globe""",
+        button, marble, wheel, spot, bead, rounded shape, round blob, round thing, circular patch, balloon, globe""",
         "ring, pancake",
         "bubble, pearl",
     ),
     "square": _split(
         """square, box, block, cube, tile, square shape, four-sided shape, square object, square patch, boxy shape,
         rectangle, square panel, cardboard box, quadrilateral, square block, square thing, package, brick, square card,
-        four-cornered shape, die, square plate, square figure, crate""",
+        four-cornered shape, square figure, crate""",
         "container, slab",
         "carton, parcel",
     ),
     "triangle": _split(
         """triangle, pyramid, triangular shape, three-sided shape, triangular object, triangular patch, wedge, tent, pizza
         slice, three-cornered shape, triangular figure, equilateral triangle, triangular sign, triangular thing, triangular
-        block, triangular panel, shape with three corners, prism, teepee, three-pointed shape, triangle shape, pointed shape,
-        triangular flag, arrowhead, cone""",
+        block, triangular panel, shape with three corners, prism, teepee, three-pointed shape, triangle shape, triangular
+        flag, arrowhead, cone""",
         "delta, isosceles triangle",
         "pennant, roof shape",
     ),
@@ -113,16 +111,16 @@ _SHAPES = {
 # What follows a verb of travel.
 _WAYS = {
     "left": _split(
-        """left, leftward, leftwards, to the left, towards the left, to the left side, to the left-hand side, from right to left,
-        left across the frame, towards the left edge, over to the left, off to the left, further left, in a straight line to the left,
-        toward the left border, to its left, towards the viewer's left, away from the right side""",
+        """left, leftward, leftwards, to the left, towards the left, to the left side, to the left-hand side, from right to
+        left, left across the frame, towards the left edge, over to the left, off to the left, further left, in a straight
+        line to the left, toward the left border, to its left, towards the viewer's left""",
         "due left, sideways to the left",
         "out to the left, in the left direction, from the right towards the left",
     ),
     "right": _split(
-        """right, rightward, rightwards, to the right, towards the right, to the right side, to the right-hand side, from left to right,
-        right across the frame, towards the right edge, over to the right, off to the right, further right, in a straight line to the
-        right, toward the right border, to its right, towards the viewer's right, away from the left side""",
+        """right, rightward, rightwards, to the right, towards the right, to the right side, to the right-hand side, from
+        left to right, right across the frame, towards the right edge, over to the right, off to the right, further right, in
+        a straight line to the right, toward the right border, to its right, towards the viewer's right""",
         "due right, sideways to the right",
         "out to the right, in the right direction, from the left towards the right",
     ),
@@ -134,9 +132,9 @@ _WAYS = {
         "toward the heavens, in the upward direction, from the bottom towards the top",
     ),
     "down": _split(
-        """down, downward, downwards, groundward, to the bottom, towards the bottom, straight down, from top to bottom, down the frame,
-        towards the lower edge, lower, down and down, toward the floor, toward the ground, to the bottom of the picture, to the earth,
-        vertically down, from above to below""",
+        """down, downward, downwards, groundward, to the bottom, towards the bottom, straight down, from top to bottom, down
+        the frame, towards the lower edge, lower, down and down, toward the floor, toward the ground, to the bottom of the
+        picture, vertically down, from above to below""",
         "below, to the lower side",
         "toward the earth below, in the downward direction, from the top towards the bottom",
     ),
@@ -248,6 +246,50 @@ _SENTENCES: Phrases = {
         "a simple animation with a {colour} {shape}, {size}, that {moves}",
         "against darkness, some {size} {colour} {shape} {moves} at an even pace",
         "across the empty scene a {size} {colour} {shape} {moves}",
+        "a {colour} {shape} keeps {moving}. it is {size}",
+        "there it is, a {size} {shape} of {colour} colour, {moving}",
+        "{size} {shape} ({colour}), {moving}",
+        "({colour}, {size}) a {shape} {moves}",
+        "can you show me a {size} {colour} {shape} that {moves}?",
+        "what does it look like when a {size} {colour} {shape} {moves}?",
+        "please animate a {colour} {shape}, {size}, {moving}",
+        "I would like to see a {colour} {shape} that {moves}, and it should be {size}",
+        "generate a {size} {colour} {shape} {moving}, plain background",
+        "draw me a {shape}. make it {colour}, make it {size}, and it {moves}",
+        "the clip begins: a {size} {colour} {shape} {moves} until the end",
+        "for about one second, a {size} {colour} {shape} {moves}",
+        "look at this {size} {colour} {shape}, it {moves}",
+        "notice the {colour} {shape}: {size}, and it {moves}",
+        "imagine a {shape}, all {colour}, {size}, {moving}",
+        "think of a {size} {shape} in a {colour} tone that {moves}",
+        "the subject is a {size} {colour} {shape}; the action: it {moves}",
+        "subject: {size} {colour} {shape}. action: {moving}. camera: fixed",
+        "shape: {shape}, colour: {colour}, size: {size}, motion: it {moves}",
+        "minimal 2D animation, {size} {colour} {shape} {moving}, clean background",
+        "a low-resolution clip, dark scene, a {colour} {shape} that is {size} {moves}",
+        "computer graphics of a {size} {colour} {shape} as it {moves}",
+        "a tidy, simple scene with one {colour} {shape}; the {shape} is {size} and {moves}",
+        "nobody is around, only a {size} {colour} {shape} that {moves}",
+        "only one thing is visible: a {size} {colour} {shape}, {moving}",
+        "in the dark, {moving}, there is a {colour} {shape} and it is {size}",
+        "on the screen a {size} {colour} {shape} {moves} steadily",
+        "the viewer sees a {colour} {shape} of {size} build {moving}",
+        "at a constant speed a {size} {colour} {shape} {moves}",
+        "without any sound, a {size} {colour} {shape} {moves}",
+        "a {colour} coloured {shape}, {size} as it is, {moves}",
+        "a {shape} with a {colour} fill, {size}, {moves}",
+        "a solid {colour} {shape} of {size} size is {moving}",
+        "a {size} {shape} painted in {colour} is {moving}",
+        "something {size} and {colour}, namely a {shape}, {moves}",
+        "a {size} thing in the form of a {colour} {shape} {moves}",
+        "that {shape} is {size}; {colour} is its colour; and it {moves}",
+        "of all things, a {size} {colour} {shape} {moves} here",
+        "and now a {size} {colour} {shape} {moves}",
+        "first and last frame show a {size} {colour} {shape}; in between it {moves}",
+        "while nothing else happens, the {colour} {shape}, which is {size}, {moves}",
+        "as the video plays, the {size} {colour} {shape} {moves}",
+        "with smooth motion a {size} {colour} {shape} {moves}",
+        "close to the middle of the scene or not, a {size} {colour} {shape} {moves}",
         "everything is dark except for a {size} {colour} {shape} {moving}",
     ),
     "tuning": (

@@ -62,7 +62,7 @@ def paraphrases() -> None:
     """Line 3: the world told by MiniLM, judged on paraphrases never seen, beside the learned encoder; both at once, a core each."""
     with tempfile.TemporaryDirectory() as folder:
         world = f"{folder}/world"
-        run_program("data", "world", "paraphrases=2", f"out={world}")
+        run_program("data", "world", "paraphrases=4", f"out={world}")
 
         def trained_and_judged(experiment: str) -> None:
             shards = [f"data.shards={world}/*.tar", f"validation.shards={world}/validation/*.tar"]
