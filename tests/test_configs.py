@@ -13,7 +13,8 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-STATED = {  # what a choice leaves for the user to say
+STATED = {
+    ("image_encoder", "clip"): ["model=wan2.1_i2v_14b"],  # what a choice leaves for the user to say
     ("text", "transformers"): ["text.folder=none", "text.dim=64"],
     ("text", "several"): ["text.encoders.t5.folder=none", "text.encoders.clip.folder=none"],
 } | {("text", name): ["text.folder=none"] for name in ("t5", "umt5", "clip")}
@@ -111,7 +112,7 @@ def test_whole_numbers_and_lists_are_taken() -> None:
 CHOICES = [
     (group, option)
     for group in (
-        "data", "text", "autoencoder", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver",
+        "data", "text", "autoencoder", "image_encoder", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver",
         "sampler/schedule", "optimisers", "eval", "logger", "trainer", "experiment", "debug", "device", "lora",
     )
     for option in options(group)
