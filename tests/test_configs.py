@@ -112,8 +112,8 @@ def test_whole_numbers_and_lists_are_taken() -> None:
 CHOICES = [
     (group, option)
     for group in (
-        "data", "text", "autoencoder", "image_encoder", "model", "model/attention", "objective", "objective/levels", "sampler", "sampler/solver",
-        "sampler/schedule", "optimisers", "eval", "logger", "trainer", "experiment", "debug", "device", "lora",
+        "data", "text", "autoencoder", "image_encoder", "model", "model/attention", "objective", "objective/levels", "sampler",
+        "sampler/solver", "sampler/schedule", "optimisers", "eval", "logger", "trainer", "experiment", "debug", "device", "lora",
     )
     for option in options(group)
 ]  # fmt: skip
