@@ -1,6 +1,6 @@
 """The training objective: corrupt a batch of clips, ask the network, compare velocities on the tokens that were to be made."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,9 +15,8 @@ from dit_video.objective.tasks import Task, check_tasks, draw_task, given_tokens
 from dit_video.seeding import seeded
 from dit_video.shapes import Batch, Caption, Grid, Stream, Tokens, grid_of, patchify, real_slots
 
-Denoiser = Callable[
-    [dict[str, Stream], Sequence[Caption], tuple[str, ...], Tensor | None], tuple[dict[str, Tensor], dict[str, Tensor]]
-]
+Denoiser = Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Streams by name, captions, taps and, where a batch has any, states of first frames; to each stream's values and what was tapped."""
 
 
 @dataclass
@@ -143,7 +142,8 @@ class Objective(nn.Module):
         """Asks the network about corrupted clips and gives the loss of each."""
         stream, made = corrupted.stream, corrupted.made
         taps = tuple(tap for loss in self.extra.values() for tap in loss.taps)
-        outputs, tapped = network({"video": stream}, corrupted.captions, taps, batch.image)
+        image = () if batch.image is None else (batch.image,)
+        outputs, tapped = network({"video": stream}, corrupted.captions, taps, *image)
 
         # Given tokens leave before anything is divided by their time, which may be 0: a masked infinity would still be a NaN.
         time = torch.where(made, stream.level_per_token(), 0.5)
