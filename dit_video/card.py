@@ -50,19 +50,16 @@ def _prompt(config: Mapping[str, Any]) -> str:
 
 
 def _facts(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    data, parts = (
-        config["data"],
-        {part: (config.get(part) or {}).get("_target_", "") for part in ("text", "autoencoder", "image_encoder")},
-    )
+    data = config["data"]
     facts = {
         "clips and steps": f"{meta['clips']:,} and {meta['steps']:,}",
         "config": f"`{config_hash(config)}`, whole in config.json",
         "code": meta.get("code", "unknown"),
         "seed": config["seed"],
         "shape": f"{data['num_frames']} frames of {data['height']}x{data['width']} at {data['fps']:g} fps",
-        "text encoder": _named(parts["text"], config.get("text", {})),
-        "autoencoder": _named(parts["autoencoder"], config.get("autoencoder", {})),
-        "image encoder": _named(parts["image_encoder"], config.get("image_encoder") or {}),
+        "text encoder": _named(config.get("text")),
+        "autoencoder": _named(config.get("autoencoder")),
+        "image encoder": _named(config.get("image_encoder")),
         "adapters beside": f"the weights of {config.get('init_from')} (`{meta.get('base')}`)" if config.get("lora") else None,
         "averaged with decay": ", ".join(f"{decay:g}" for decay in meta.get("ema_decays", [])),
         "core-seconds": f"{meta['core_seconds']:,.0f}" if "core_seconds" in meta else None,
@@ -70,9 +67,12 @@ def _facts(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     return [f"| {name} | {value} |" for name, value in facts.items() if value not in (None, "")]
 
 
-def _named(target: str, config: Mapping[str, Any]) -> str:
+def _named(config: Mapping[str, Any] | None) -> str:
+    """A part by its class and folder; nothing for one that was not chosen."""
+    if not config:
+        return ""
     folder = config.get("folder")
-    return f"{target.rpartition('.')[2]}{f' of {Path(folder).name}' if folder else ''}"
+    return f"{config.get('_target_', '').rpartition('.')[2]}{f' of {Path(folder).name}' if folder else ''}"
 
 
 def _data(run: Path) -> Sequence[str]:

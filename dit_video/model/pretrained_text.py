@@ -286,12 +286,10 @@ class Several(TextEncoder):
     def forward(self, captions: Sequence[Caption]) -> Context:
         split = [self._split(caption) for caption in captions]
         contexts = {name: encoder([each[i] for each in split]) for i, (name, encoder) in enumerate(self.encoders.items())}
-        states = [
-            self.linears[name](
-                self.norms[name](context.states.to(self.linears[name].weight.dtype))
-            )  # which may be gathered in another
-            for name, context in contexts.items()
-        ]
+        states = []
+        for name, context in contexts.items():  # whose weights may be gathered in another precision than an encoder's
+            own = context.states.to(self.linears[name].weight.dtype)
+            states.append(self.linears[name](self.norms[name](own)))
         pooled = [context.pooled for context in contexts.values() if context.pooled is not None]
         joined, lengths = closed_up(states, [context.lengths for context in contexts.values()])
         for layer in self.layers:

@@ -1,6 +1,6 @@
 """Prints what published weights, latents and text must show, measured here and now; allow an hour and a half on two cores.
 
-    make setup && .venv/bin/python experiments/must_show/published.py            # everything; line 3 trains twice, over half an hour
+    make setup && .venv/bin/python experiments/must_show/published.py         # everything; line 3 trains two models at once, an hour
     .venv/bin/python experiments/must_show/published.py 1 2                      # some of the lines
 
 A line ends in PASS or FAIL. Line 7 needs a CUDA device and says so where there is none.
