@@ -71,6 +71,8 @@ def _named(config: Mapping[str, Any] | None) -> str:
     """A part by its class and folder; nothing for one that was not chosen."""
     if not config:
         return ""
+    if encoders := config.get("encoders"):
+        return " and ".join(map(_named, encoders.values()))
     folder = config.get("folder")
     return f"{config.get('_target_', '').rpartition('.')[2]}{f' of {Path(folder).name}' if folder else ''}"
 
