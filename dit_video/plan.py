@@ -34,6 +34,7 @@ from dit_video.trainer.fit import Hardware
 from dit_video.trainer.hollow import predict
 from dit_video.trainer.layout import Layout
 from dit_video.trainer.memory import KEPT, PHASES, Memory, along, measure
+from dit_video.trainer.module import VideoDiffusion
 from dit_video.trainer.parallel import Recompute
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def _shapes(data: DictConfig) -> list[ClipShape]:
 def predict_step(config: DictConfig, network: Network, bucket: Bucket, choice: Choice) -> Memory:
     """What the rank with most clips holds in a step of a bucket."""
     return predict(
-        partial(make_module, unstarted(config), None, choice.hardware),
+        partial(_module, config, choice),
         partial(_batch, config, network, bucket, choice),
         choice.hardware,
     )
@@ -223,6 +224,13 @@ def unstarted(config: DictConfig) -> DictConfig:
     return OmegaConf.merge(config, {"init_from": None})  # type: ignore[return-value]
 
 
+def _module(config: DictConfig, choice: Choice) -> VideoDiffusion:
+    module = make_module(unstarted(config), None, choice.hardware)
+    if module.network.text.is_frozen and not module.network.text.is_here:
+        module.network.text.take_nothing(module.network.text.imagined(1))
+    return module
+
+
 def _batch(config: DictConfig, network: Network, bucket: Bucket, choice: Choice) -> Batch:
     """Random clips and captions, as many as the rank with most of them gets of a step."""
     ranks = choice.hardware.parallel.layout.data_size
@@ -241,10 +249,11 @@ def _batch(config: DictConfig, network: Network, bucket: Bucket, choice: Choice)
     latents = None if pixels else torch.randn(size)
     own = network.image_encoder
     image = None if own is None else torch.randn(count, own.tokens, own.dim)
-    caption = " ".join(f"word{number}" for number in range(config.caption_words))
+    caption, text = " ".join(f"word{number}" for number in range(config.caption_words)), network.text
+    encoded = [text.imagined(config.caption_words) for _ in range(count)] if text.is_frozen and not text.is_here else None
     return Batch(
         video, [caption] * count, ["random"] * count, torch.arange(count), shape.fps, parts=sizes, step_clips=bucket.clips,
-        latents=latents, known=torch.randn(size) if network.takes_images and not pixels else None, image=image,
+        latents=latents, known=torch.randn(size) if network.takes_images and not pixels else None, image=image, encoded=encoded,
     )  # fmt: skip
 
 
@@ -513,7 +522,7 @@ def measured(config: DictConfig, network: Network, bucket: Bucket, choice: Choic
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     make_batch = partial(_batch, config, network, bucket, choice)
-    found = measure(partial(make_module, unstarted(config), None, choice.hardware), make_batch, choice.hardware)
+    found = measure(partial(_module, config, choice), make_batch, choice.hardware)
     return predicted, found, torch.cuda.max_memory_allocated() if on_gpu else None
 
 

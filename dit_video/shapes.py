@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 
 class Patch(NamedTuple):
@@ -175,6 +176,13 @@ class Context:
     image: Float[Tensor, "b i e"] | None = None  # states of an image encoder that saw the first frame, for models that take them
 
 
+for kind in (
+    Stream,
+    Context,
+):  # FSDP2 of a torch before 2.13 finds tensors in trees of Python's own kinds and in what is registered
+    register_dataclass(kind)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One caption as a frozen text encoder gave it; it may stand wherever a caption does."""
@@ -184,10 +192,15 @@ class Encoded:
     others: "tuple[Encoded, ...]" = ()  # of further encoders, in their order, where several read every caption
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All of it."""
+        own = [self.states] if self.pooled is None else [self.states, self.pooled]
+        return own + [tensor for other in self.others for tensor in other.tensors]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all of it."""
-        own = self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
-        return own + sum(other.num_bytes for other in self.others)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def to(self, device: torch.device | str) -> "Encoded":
         """The same on a device."""

@@ -62,6 +62,13 @@ def test_measuring_prints_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert abs(float(error)) < 10
 
 
+@pytest.mark.parametrize("text", ["umt5", "several"])
+def test_what_comes_as_states_is_measured_without_its_encoder(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [word for word in WORDS if not word.startswith("text.")]
+    out = printed(capsys, *own, f"text={text}", "caption_words=40", "measure=true")
+    assert abs(float(re.findall(r"^ *peak +\S+ \S+ +\S+ \S+ +([+-][\d.]+)%", out, re.M)[0])) < 10
+
+
 @pytest.mark.slow
 def test_what_is_suggested_fits_when_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """On a device with less memory than the step needs, and one with less than any layout of it leaves free."""

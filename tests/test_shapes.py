@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from dit_video.shapes import (
     Batch,
+    Context,
     Grid,
     Patch,
     Stream,
@@ -128,3 +130,15 @@ def test_a_batch_counts_every_clip_unless_told() -> None:
     assert torch.equal(batch.weights, torch.ones(2))
     moved = Batch(batch.video, batch.captions, batch.keys, batch.slots, 8.0, torch.tensor([1.0, 0.0])).to("cpu")
     assert torch.equal(moved.weights, torch.tensor([1.0, 0.0])) and moved.captions == ["a", "b"]
+
+
+def test_tensors_of_what_goes_through_blocks_are_found() -> None:
+    """FSDP2 looks for them in trees, to gather weights again before their gradients are worked out."""
+    context = Context(torch.zeros(1, 2, 3), torch.tensor([2]), torch.zeros(1, 3))
+    flags = torch.zeros(1, 4, dtype=torch.bool)
+    stream = Stream(torch.zeros(1, 4, 5), torch.zeros(1, 4, 3), torch.zeros(1, 1), flags.long(), flags, flags)
+    more = tree_map(lambda x: x + 1 if isinstance(x, torch.Tensor) and x.is_floating_point() else x, {"it": (context, [stream])})
+    context, (stream,) = more["it"]
+    assert isinstance(context, Context) and context.image is None and context.lengths.item() == 2
+    assert isinstance(stream, Stream) and stream.control is None and not stream.given.any()
+    assert all((x == 1).all() for x in (context.states, context.pooled, stream.values, stream.place, stream.levels))

@@ -9,7 +9,7 @@ import html
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -159,6 +159,10 @@ class PretrainedText(TextEncoder):
             return self.nothing or self.remembered("")
         return self.remembered(caption)
 
+    def imagined(self, num_words: int) -> Encoded:
+        length = min(num_words, self.reading.max_tokens)
+        return Encoded(torch.zeros(length, self.dim), torch.zeros(self.pooled_dim) if self.pooled_dim else None)
+
     @property
     def needs_nothing(self) -> bool:
         return self.no_caption == "encoded"
@@ -274,6 +278,10 @@ class Several(TextEncoder):
         """A caption's states of every encoder, in the host's memory; all must be frozen."""
         first, *others = [encoder.states_of(caption) for encoder in self._each()]
         return Encoded(first.states, first.pooled, tuple(others))
+
+    def imagined(self, num_words: int) -> Encoded:
+        first, *others = (encoder.imagined(num_words) for encoder in self._each())
+        return replace(first, others=tuple(others))
 
     @property
     def needs_nothing(self) -> bool:

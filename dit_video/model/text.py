@@ -59,6 +59,10 @@ class TextEncoder(nn.Module):
         """A caption's states, in the host's memory; of frozen encoders alone."""
         raise NotImplementedError
 
+    def imagined(self, num_words: int) -> Encoded:
+        """Zeros in place of the states of a caption of so many words, in the host's memory; of frozen encoders alone."""
+        raise NotImplementedError
+
     @property
     def needs_nothing(self) -> bool:
         """Whether no caption is told by the states of the empty one, and not by a learned state."""

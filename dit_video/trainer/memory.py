@@ -166,7 +166,7 @@ class Ledger(TorchDispatchMode):
 
     def name_batch(self, batch: Batch) -> None:
         """Says that a batch is one."""
-        encoded = [tensor for caption in batch.encoded or () if caption for tensor in (caption.states, caption.pooled)]
+        encoded = [tensor for caption in batch.encoded or () if caption for tensor in caption.tensors]
         self.name(
             "batch",
             [batch.video, batch.latents, batch.weights, batch.slots, batch.starts, batch.audio, batch.has_audio, *encoded],

@@ -1,4 +1,6 @@
-"""Correctness and speed of the transformer on one CUDA GPU; gpu.sh runs it.
+"""Correctness and speed of the transformer and of its training on one CUDA GPU; gpu.sh runs it.
+
+    python experiments/benchmarks/gpu.py correctness training     # some parts; without a GPU two of them run, on a small model
 
 Speeds are the median of interleaved repetitions; MFU is three forward passes' arithmetic (dit_video.model.cost) over the step's time and
 the device's published dense bf16 peak.
@@ -9,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -21,13 +23,12 @@ from dit_video.model import attention as attend
 from dit_video.model.cost import TRAINING, flops_by_part
 from dit_video.model.layers import initialise
 from dit_video.model.network import Network
-from dit_video.model.published import load, make_transformer
 from dit_video.model.text import WordEncoder
 from dit_video.model.transformer import VideoTransformer
 from dit_video.objective.levels import LogitNormal
 from dit_video.objective.objective import Objective
 from dit_video.objective.tasks import FirstFrames, TextToVideo
-from dit_video.shapes import Batch, Context, Encoded, Grid, Patch, Stream, Tokens, patchify, token_grid, token_places
+from dit_video.shapes import Batch, Encoded, Patch, Tokens, token_grid
 from dit_video.trainer import checkpoint
 from dit_video.trainer.callbacks.saving import Saving, capture
 from dit_video.trainer.callbacks.throughput import peak_flops
@@ -35,7 +36,6 @@ from dit_video.trainer.fit import Hardware, Spent, fit
 from dit_video.trainer.launch import free_port
 from dit_video.trainer.layout import Layout
 from dit_video.trainer.module import VideoDiffusion
-from dit_video.trainer.parallel import forget_activations
 
 SIZES = {"base": (768, 12, 6), "xl": (1152, 28, 9), "1.3b": (1536, 30, 12)}
 CLIP = (17, 64, 64)  # frames, height, width in pixels; patch 1x4x4: 4352 tokens
@@ -97,7 +97,7 @@ def correctness() -> bool:
     return good
 
 
-def speed() -> None:
+def speed() -> bool:
     peak = peak_flops(torch.device("cuda"))
     grid = token_grid(*CLIP, Patch(1, 4, 4))
     for size, (width, depth, heads) in SIZES.items():
@@ -127,6 +127,7 @@ def speed() -> None:
             )
         del nets
         torch.cuda.empty_cache()
+    return True
 
 
 class Cut(VideoDiffusion):
@@ -227,80 +228,6 @@ LARGE = ("model=1.3b", *CLIPS)
 WAN = ("model=wan2.1_t2v_1.3b", "text=umt5", *CLIPS)
 
 
-def beside_diffusers(width: int, depth: int, heads: int, mlp_dim: int, grid: Grid, device: str, repeats: int = 5) -> bool:
-    """Wan's transformer beside diffusers' with the same weights, in one loop, interleaved: a training step, and a guided sampling step.
-
-    A training step is forward, backward with every block recomputed, and AdamW, under bf16 autocast; a guided step is two forward passes.
-    """
-    from diffusers import WanTransformer3DModel
-
-    sizes = {"num_attention_heads": heads, "attention_head_dim": width // heads, "num_layers": depth, "ffn_dim": mlp_dim}
-    text_dim = 4096 if device == "cuda" else 64
-    with torch.device(device):
-        theirs = WanTransformer3DModel(in_channels=16, out_channels=16, text_dim=text_dim, **sizes)
-        theirs.enable_gradient_checkpointing()
-        with tempfile.TemporaryDirectory() as folder:
-            theirs.save_pretrained(folder)
-            own = make_transformer(Path(folder)).to_empty(device=device)
-            load(own, Path(folder))
-    for block in own.blocks:
-        forget_activations(block, "full")
-    size = (1, 16, grid.t, 2 * grid.h, 2 * grid.w)
-    latents = torch.randn(size, device=device)
-    text = torch.zeros(1, 512, text_dim, device=device)
-    text[:, :64].normal_()
-    tokens = patchify(latents.movedim(1, -1), own.patch)
-    nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
-    place = token_places(grid, Patch(4, 16, 16), 16.0, 4.0)[None].to(device)
-    stream = Stream(tokens, place, torch.tensor([[0.5]], device=device), nothing.long(), nothing, nothing)
-    context = Context(text[:, :64], torch.tensor([64], device=device))
-    asked = {
-        "ours": lambda: own({"video": stream}, context)[0]["video"],
-        "diffusers": lambda: theirs(latents, torch.tensor([500.0], device=device), text, return_dict=False)[0],
-    }
-    models = {"ours": own, "diffusers": theirs}
-    optimisers = {name: torch.optim.AdamW(model.parameters(), 1e-5, fused=True) for name, model in models.items()}
-
-    def train(name: str) -> None:
-        with torch.autocast(device, torch.bfloat16):
-            loss = asked[name]().float().square().mean()
-        loss.backward()
-        optimisers[name].step()
-        optimisers[name].zero_grad()
-
-    @torch.no_grad()
-    def guide(name: str) -> None:
-        with torch.autocast(device, torch.bfloat16):
-            asked[name]()
-            asked[name]()
-
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        found, wanted = asked["ours"]().float(), patchify(asked["diffusers"]().float().movedim(1, -1), own.patch)
-    far = float((found - wanted).abs().mean() / wanted.abs().mean())
-    good = far < 0.02
-    print(f"wan beside diffusers, bf16: mean difference {far:.1e} of the mean value  {'PASS' if good else 'FAIL'}", flush=True)
-    for what, work in (("training step", train), ("guided sampling step", guide)):
-        times: dict[str, list[float]] = {name: [] for name in asked}
-        memory = dict.fromkeys(asked, 0.0)
-        for number in range(repeats + 1):
-            for name in asked:
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                started = time.perf_counter()
-                work(name)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                    memory[name] = torch.cuda.max_memory_allocated() / 2**30
-                times[name] += [time.perf_counter() - started] if number else []
-        ours, other = (statistics.median(times[name]) for name in ("ours", "diffusers"))
-        held = (
-            f", peak memory (both are there) {memory['ours']:.2f} and {memory['diffusers']:.2f} GiB" if device == "cuda" else ""
-        )
-        print(f"wan {what}: {ours * 1e3:.0f} ms, diffusers {other * 1e3:.0f} ms, ratio {other / ours:.3f}{held}", flush=True)
-    return good
-
-
 def alone() -> None:
     """A process group of one rank, which FSDP2 wants."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -309,15 +236,11 @@ def alone() -> None:
 
 if __name__ == "__main__":
     alone()
+    parts: dict[str, Callable[[], bool]] = {
+        "correctness": correctness, "training": lambda: training(LARGE), "training_wan": lambda: training(WAN), "speed": speed,
+    }  # fmt: skip
     if not torch.cuda.is_available():  # the same lines on a small model, so that they are known to run
         small = ("trainer.precision=32-true", "optimisers=adamw", "model.depth=2", "model.width=64", "model.heads=2")
         wan = ("model=wan2.1_t2v_1.3b", "model.mlp_dim=64", "text=umt5", "text.dim=64", *small)
-        ok = training(("model=1.3b", *small)) & training(wan)
-        ok &= beside_diffusers(64, 2, 2, 96, Grid(2, 3, 4), "cpu")
-        sys.exit(0 if ok else 1)
-    ok = correctness()
-    speed()
-    ok &= training(LARGE) & training(WAN)
-    torch.cuda.empty_cache()
-    ok &= beside_diffusers(1536, 30, 12, 8960, Grid(21, 30, 52), "cuda")
-    sys.exit(0 if ok else 1)
+        parts = {"training": lambda: training(("model=1.3b", *small)), "training_wan": lambda: training(wan)}
+    sys.exit(0 if all([parts[name]() for name in sys.argv[1:] or parts]) else 1)

@@ -19,6 +19,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 40
 class Throughput(EveryClips):
     """Records perf/clips_per_second, perf/tokens_per_second, perf/share_in_steps and perf/mfu since its last record.
 
+    On a CUDA device perf/peak_memory_gib, too: the most that tensors held of it since then.
+
     MFU is the model's arithmetic in training (three times a forward pass) over the device's published bf16 peak; where none is
     known, as on a CPU, over what a large bf16 product reaches at the start of the run.
     """
@@ -60,6 +62,9 @@ class Throughput(EveryClips):
             "perf/share_in_steps": self.in_steps / (now - self.window_started),
             "perf/mfu": speed * (self.flops or 0.0) / (self.peak * trainer.world_size),
         }
+        if module.device.type == "cuda":
+            metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(module.device)
         record(trainer, module, metrics)
         self.in_steps, self.clips, self.window_started = 0.0, 0, now
 
