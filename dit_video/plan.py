@@ -27,7 +27,7 @@ from dit_video.info import check_tokens, table_of, with_unit
 from dit_video.model.autoencoders import Pixels
 from dit_video.model.cost import TRAINING, flops_by_part, parameters_by_part
 from dit_video.model.network import Network
-from dit_video.shapes import Batch, token_grid
+from dit_video.shapes import Batch, Encoded, token_grid
 from dit_video.train import check as check_training
 from dit_video.train import make_module
 from dit_video.trainer.fit import Hardware
@@ -250,7 +250,9 @@ def _batch(config: DictConfig, network: Network, bucket: Bucket, choice: Choice)
     own = network.image_encoder
     image = None if own is None else torch.randn(count, own.tokens, own.dim)
     caption, text = " ".join(f"word{number}" for number in range(config.caption_words)), network.text
-    encoded = [text.imagined(config.caption_words) for _ in range(count)] if text.is_frozen and not text.is_here else None
+    encoded: list[Encoded | None] | None = None
+    if text.is_frozen and not text.is_here:
+        encoded = [text.imagined(config.caption_words) for _ in range(count)]
     return Batch(
         video, [caption] * count, ["random"] * count, torch.arange(count), shape.fps, parts=sizes, step_clips=bucket.clips,
         latents=latents, known=torch.randn(size) if network.takes_images and not pixels else None, image=image, encoded=encoded,
