@@ -95,16 +95,17 @@ class VideoDiffusion(L.LightningModule):
         """Lays the networks out over the ranks of a mesh, none for one rank, and makes the optimisers of what is trained."""
         parts = self.trained_parts()
         rules = {name: rules_of(part) if on_meta(part) else {} for name, part in parts.items()}
-        self.lay_out(mesh)
-        for name, part in parts.items():
-            if rules[name]:
-                part.to_empty(device=device)
-                initialise(part, self.seed, rules[name], copy_whole)
-        self.to(device)
-        if self.begin is not None:
-            self.begin(self.network)
-        self.learners = self.make_learners()
-        self.ema = EMA(self.network, self.decays, self.offload_ema)
+        with torch.device("cpu"):  # Lightning makes the device the default of new tensors; what is drawn or read comes by the CPU
+            self.lay_out(mesh)
+            for name, part in parts.items():
+                if rules[name]:
+                    part.to_empty(device=device)
+                    initialise(part, self.seed, rules[name], copy_whole)
+            self.to(device)
+            if self.begin is not None:
+                self.begin(self.network)
+            self.learners = self.make_learners()
+            self.ema = EMA(self.network, self.decays, self.offload_ema)
 
     def trained_parts(self) -> dict[str, nn.Module]:
         """What is trained and saved, by name."""

@@ -6,8 +6,10 @@ Speeds are the median of interleaved repetitions; MFU is three forward passes' a
 the device's published dense bf16 peak.
 """
 
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -228,6 +230,38 @@ LARGE = ("model=1.3b", *CLIPS)
 WAN = ("model=wan2.1_t2v_1.3b", "text=umt5", *CLIPS)
 
 
+def program(*words: str) -> str:
+    """What dit-video prints, which is to succeed."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "dit_video.cli", *words], capture_output=True, text=True
+    )  # the package as installed
+    if done.returncode:
+        raise RuntimeError(f"dit-video {' '.join(words)}: {done.stdout[-2000:]} {done.stderr[-4000:]}")
+    return done.stdout
+
+
+def demo(*on: str) -> bool:
+    """The programs on the built-in world: training with all that goes beside it, going on, judging and sampling."""
+    with tempfile.TemporaryDirectory() as folder:
+        program("data", "world", f"out={folder}/world", "clips=512", "num_prompts=32", "validation_clips=32")
+        every = [f"every.{what}=640" for what in ("save", "sample", "validate", "evaluate", "monitor", "record")]
+        words = ["experiment=world_quick", *on, f"data.shards={folder}/world/*.tar", f"validation.shards={folder}/world/validation/*.tar",
+                 f"runs={folder}/runs", "logger=none", *every, "eval=world_small"]  # fmt: skip
+        program("train", *words, "name=whole", "max_clips=1280")
+        run = Path(folder, "runs", "whole")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found = {name: value for line in lines for name, value in line.items()}
+        failed = [name for name in found if name.startswith("failed/")]
+        program("evaluate", f"run={run}", "eval=world_small")
+        program("sample", f"run={run}", "prompt=a small red circle moves left", f"out={folder}/out")
+        made = len(list(Path(folder, "out").glob("*.mp4")))
+        judged = sum(name.startswith("eval/") for name in found)
+    good = not failed and judged > 0 and made == 1 and {"val/loss", "grad/norm"} <= found.keys()
+    told = f"val/loss {found['val/loss']:.3f}, {found['perf/clips_per_second']:.0f} clips/s, {judged} numbers judged, {made} clip sampled"
+    print(f"demo {' '.join(on)}: {told}, failed {failed or 'nothing'}  {'PASS' if good else 'FAIL'}", flush=True)
+    return good
+
+
 def alone() -> None:
     """A process group of one rank, which FSDP2 wants."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -237,10 +271,16 @@ def alone() -> None:
 if __name__ == "__main__":
     alone()
     parts: dict[str, Callable[[], bool]] = {
-        "correctness": correctness, "training": lambda: training(LARGE), "training_wan": lambda: training(WAN), "speed": speed,
-    }  # fmt: skip
+        "correctness": correctness,
+        "demo": lambda: demo("trainer=gpu"),
+        "training": lambda: training(LARGE),
+        "training_wan": lambda: training(WAN),
+        "speed": speed,
+    }
     if not torch.cuda.is_available():  # the same lines on a small model, so that they are known to run
         small = ("trainer.precision=32-true", "optimisers=adamw", "model.depth=2", "model.width=64", "model.heads=2")
         wan = ("model=wan2.1_t2v_1.3b", "model.mlp_dim=64", "text=umt5", "text.dim=64", *small)
-        parts = {"training": lambda: training(("model=1.3b", *small)), "training_wan": lambda: training(wan)}
+        parts = {
+            "demo": demo, "training": lambda: training(("model=1.3b", *small)), "training_wan": lambda: training(wan),
+        }  # fmt: skip
     sys.exit(0 if all([parts[name]() for name in sys.argv[1:] or parts]) else 1)

@@ -11,7 +11,7 @@ echo "date $(date -u +%Y-%m-%d) commit ${COMMIT:-$(git rev-parse --short=12 HEAD
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 failed=0
 parts=("$@")
-((${#parts[@]})) || parts=(gpu.correctness gpu_wan.beside gpu_wan.cached gpu_wan.compiled gpu_wan.planned gpu.training gpu.training_wan gpu.speed)
+((${#parts[@]})) || parts=(gpu.correctness gpu.demo gpu_wan.beside gpu_wan.cached gpu_wan.compiled gpu_wan.planned gpu.training gpu.training_wan gpu.speed)
 for part in "${parts[@]}"; do
     echo "-- $part"
     $PYTHON $HERE/${part%.*}.py ${part#*.} 2>"$errors" || { failed=1; tail -n 25 "$errors"; echo "$part: FAIL"; }

@@ -6,7 +6,6 @@ python experiments/benchmarks/gpu_wan.py beside cached        # without a GPU th
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from gpu import program
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -239,14 +239,6 @@ def save_umt5(folder: Path, dim: int) -> None:
     config = transformers.UMT5Config(vocab_size=96, d_model=dim, d_kv=64, d_ff=64, num_layers=1, num_heads=2)
     transformers.UMT5EncoderModel(config).save_pretrained(folder)
     save_tokenizer(folder, "umt5")
-
-
-def program(*words: str) -> str:
-    """What dit-video prints, which is to succeed."""
-    done = subprocess.run([sys.executable, "-m", "dit_video.cli", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"dit-video {' '.join(words)}: {done.stdout[-2000:]} {done.stderr[-4000:]}")
-    return done.stdout
 
 
 if __name__ == "__main__":

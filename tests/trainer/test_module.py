@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dit_video.compose import compose, take_apart
 from dit_video.objective.levels import LogitNormal
 from dit_video.objective.objective import Losses, Objective
 from dit_video.objective.tasks import FirstFrames, TextToVideo
 from dit_video.shapes import Batch
+from dit_video.train import make_module as make_module_of
 from dit_video.trainer.callbacks.saving import Saving
 from dit_video.trainer.checkpoint import Keep, load, newest, opened
 from dit_video.trainer.fit import Hardware, Spent, fit
@@ -122,6 +124,18 @@ def test_a_step_changes_the_weights_follows_with_the_average_and_counts(make_mod
     for name in moved:
         twin = f"ema.{name}"
         torch.testing.assert_close(after[twin], before[twin].lerp(after[name], 0.9))
+
+
+def test_a_start_is_the_same_whatever_device_is_the_default() -> None:
+    """Lightning makes the GPU the default while a module is laid out; numbers are drawn on the CPU all the same."""
+    words = ("model=tiny", "model.width=32", "model.depth=1", "model.heads=2", "data.shards=nowhere.tar")
+    config = compose("train", take_apart(words))
+    wanted = state(started(make_module_of(config, None, Hardware())))
+    other = make_module_of(config, None, Hardware())
+    with torch.device("meta"):
+        other.prepare(None)
+    found = state(other)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 class Poison(nn.Module):
