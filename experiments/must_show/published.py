@@ -87,6 +87,11 @@ def paraphrases() -> None:
             ):
                 each = metrics[f"adherence.{suite}.all"]
                 told = f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f}) of {each['count']}"
+                parts = (
+                    f"{part} {metrics[f'adherence.{suite}.{part}']['value']:.3f}"
+                    for part in ("size", "colour", "shape", "motion")
+                )
+                told += f": {', '.join(parts)}"
                 bounded = bound is not None and experiment == "world_minilm"
                 line(3, f"{experiment}, {what}", told, each["value"] >= bound if bounded else None)
 
