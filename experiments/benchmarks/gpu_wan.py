@@ -97,9 +97,9 @@ def beside_diffusers(size: Wan) -> bool:
         def velocity(states: torch.Tensor, length: int) -> Velocity:
             return lambda x, time: ask(x, schedule.told_at(time)[:, :1], states, length)
 
-        both = guided(velocity(told, 64), velocity(untold, 8), 5.0)
+        wanted = guided(velocity(told, 64), velocity(untold, 8), 5.0)
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-            return unipc(both, tokens, schedule.times.to(device)[:, None, None].expand(-1, 1, grid.num_tokens), None)
+            return unipc(wanted, tokens, schedule.times.to(device)[:, None, None].expand(-1, 1, grid.num_tokens), None)
 
     def sample_theirs() -> torch.Tensor:
         made = pipeline(
@@ -137,8 +137,8 @@ def beside_diffusers(size: Wan) -> bool:
         print(f"wan {what}: diffusers takes {ratio:.3f} of our time", flush=True)
 
     network = Network(WordEncoder(size.text_dim), own)
-    apart = {"ours": [theirs, other], "diffusers": [own, theirs]}
-    show("guided step", {"ours": sample_ours, "diffusers": sample_theirs}, size.steps, 3, 2, apart)
+    both = {"ours": sample_ours, "diffusers": sample_theirs}
+    show("guided step", both, size.steps, 3, 2, {"ours": [theirs, other], "diffusers": [own, theirs]})
 
     for block in own.blocks:
         forget_activations(block, "full")
@@ -152,7 +152,6 @@ def beside_diffusers(size: Wan) -> bool:
         optimisers[name].step()
         optimisers[name].zero_grad()
 
-    apart["ours"].remove(other)
     pipeline.transformer = other = None
     apart = {"ours": [theirs, optimisers["diffusers"]], "diffusers": [own, optimisers["ours"]]}
     show("training step", {name: partial(train, name) for name in models}, 1, 5, TRAINING, apart)
