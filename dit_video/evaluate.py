@@ -26,7 +26,7 @@ def open_run(config: DictConfig) -> Run:
     """The run that the command line names, with frozen weights from where it says that they lie."""
     inside = [f"text.encoders.{name}.{key}" for name, own in config.text.encoders.items() for key in own]
     folders = {key: str(place) for key in (*LOCATIONS, *inside) if (place := OmegaConf.select(config, key)) is not None}
-    return Run(Path(config.run), trust=config.get("trust", ()), folders=folders)
+    return Run(Path(config.run), trust=config.get("trust", ()), folders=folders, dtype=config.dtype)
 
 
 def chosen_sampler(run: Run, config: DictConfig) -> Sampler:

@@ -24,9 +24,10 @@ import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from dit_video.data.video_file import write_mp4
 from dit_video.eval.judge import Clip, Evaluation, evaluate, gallery
 from dit_video.eval.report import write_report
 from dit_video.model import published
+from dit_video.model.layers import round_matrices
 from dit_video.model.lora import adapters_of, under_adapters
 from dit_video.model.network import Network
 from dit_video.model.published import Readable
@@ -69,6 +71,8 @@ class Run:
     """A run's folder, one that it was exported to, or a published pipeline's, opened for sampling.
 
     The network has its averaged weights, from the newest verified checkpoint; `weights` names others, such as network or ema-0.9995.
+    With dtype bfloat16 the transformer's matrices are rounded, which halves its memory, and clips are made in bfloat16, to the bit as
+    from float32 weights with sampler.precision=bfloat16.
     `folders` says where frozen weights lie now, by key (`LOCATIONS`), if not where the config says; ValueError where the run has recorded
     others.
     """
@@ -80,12 +84,18 @@ class Run:
         device: str | None = None,
         weights: str = "ema",
         folders: Mapping[str, str] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}; set dtype")
+        self.dtype = dtype
         self.folder = Path(folder)
         self.config = read_config(self.folder, trust)
         if folders:
             move(self.config, folders)
         network = make_network(self.config, device="cpu")
+        if dtype == "bfloat16":
+            round_matrices(network.transformer)
         if self.config.get("lora"):
             start = start_in(Path(self.config.init_from), network)
             check_base(start, saved_in(self.folder).meta.get("base"))
@@ -98,7 +108,8 @@ class Run:
         checkpoint.load_weights(network, found, weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
-        self.sampler = make_sampler(self.config)
+        sampler = make_sampler(self.config)
+        self.sampler = replace(sampler, precision="bfloat16") if dtype == "bfloat16" else sampler
 
     def request(self, prompt: str, seed: int = 0, **changes: Any) -> Request:
         """A request for a clip of the size that was trained on, but for the changes (num_frames, height, width, fps, task, given...)."""
@@ -108,7 +119,12 @@ class Run:
 
     def generate(self, requests: Sequence[Request], sampler: Sampler | None = None) -> list[np.ndarray]:
         """A video `T H W 3` uint8 for every request."""
-        return generate(self.trained, requests, sampler or self.sampler)
+        chosen = sampler or self.sampler
+        if self.dtype == "bfloat16" != chosen.precision:
+            raise ValueError(
+                f"matrices in bfloat16 cannot be computed with in {chosen.precision}; set precision=bfloat16 or dtype=float32"
+            )
+        return generate(self.trained, requests, chosen)
 
     def sample(self, prompt: str, seed: int = 0, sampler: Sampler | None = None, **changes: Any) -> np.ndarray:
         """One video `T H W 3` uint8 of a prompt; see `request` for what can be changed."""

@@ -131,8 +131,21 @@ def test_a_clip_is_the_pipelines(tmp_path: Path, kind: str, how: str, record_pro
 def test_the_programs_take_a_pipelines_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pipeline(tmp_path, "t2v")
     words = [f"run={tmp_path}/pipeline", "prompt=snow", "steps=2", "num_frames=5", "height=16", "width=32", f"out={tmp_path}/out"]
-    assert dit_video("sample", *words) == 0
+    assert dit_video("sample", *words, "dtype=bfloat16") == 0
     assert (tmp_path / "out" / "0000.mp4").is_file()
     (tmp_path / "pipeline" / "vae" / "config.json").unlink()
     assert dit_video("sample", *words) == 1
     assert "vae/config.json" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["two experts", "i2v"])
+def test_rounded_matrices_make_the_same_clips(tmp_path: Path, kind: str) -> None:
+    write_pipeline(tmp_path, kind)
+    image = np.random.default_rng(0).integers(0, 256, (1, SIZE["height"], SIZE["width"], 3), dtype=np.uint8)
+    first = {"given": image, "task": "image_to_video"} if kind == "i2v" else {}
+    size = {name: SIZE[name] for name in ("num_frames", "height", "width")}
+    wide, rounded = package.load(tmp_path / "pipeline"), package.load(tmp_path / "pipeline", dtype="bfloat16")
+    few = replace(rounded.sampler, steps=3)
+    assert few.precision == "bfloat16"
+    one, other = (run.sample("snow", sampler=few, **size, **first) for run in (wide, rounded))
+    assert np.array_equal(one, other) and one.std() > 0

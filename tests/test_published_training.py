@@ -1,6 +1,7 @@
 """Published weights through the programs: train them or adapters beside them, go on, sample, and hand them back to diffusers."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ def test_adapters_are_trained_alone_and_go_back(pretrained: Path, world_shards: 
         train(pretrained, world_shards, tmp_path, "resumed", *words, "trainer.max_hours=1e-9")
     assert train(pretrained, world_shards, tmp_path, "resumed", *words) == 0
     assert same(tensors(tmp_path / "straight"), tensors(tmp_path / "resumed"))
+
+    wide, rounded = (package.load(tmp_path / "straight", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    few = replace(rounded.sampler, steps=2)
+    assert np.array_equal(*(run.sample("snow", sampler=few) for run in (wide, rounded)))
 
     export = ["checkpoint", "export", f"run={tmp_path}/straight", f"out={tmp_path}/adapters", "layout=diffusers"]
     assert dit_video(*export) == 0

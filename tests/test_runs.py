@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,18 @@ def test_three_lines_of_python(run_copy: Path, few: Path) -> None:
     found = run.evaluate(protocol)
     assert found.metrics["adherence.seen.all"].count == 3
     assert {"evaluation.json", "evaluation", "report.html"} <= {path.name for path in run_copy.iterdir()}
+
+
+def test_rounded_matrices_make_the_same_clips_in_half_the_memory(trained_run: Path) -> None:
+    wide, rounded = Run(trained_run), Run(trained_run, dtype="bfloat16")
+    wide.sampler = replace(wide.sampler, precision="bfloat16")
+    assert np.array_equal(*(run.sample("a small red circle moves left", seed=7) for run in (wide, rounded)))
+    held = [sum(p.nbytes for p in run.trained.network.transformer.blocks.parameters()) for run in (wide, rounded)]
+    assert held[1] < 0.55 * held[0]
+    with pytest.raises(ValueError, match="set precision=bfloat16 or dtype=float32"):
+        rounded.sample("snow", sampler=replace(wide.sampler, precision="float32"))
+    with pytest.raises(ValueError, match="dtype must be"):
+        Run(trained_run, dtype="float16")  # type: ignore[arg-type]
 
 
 def test_the_averaged_weights_are_the_ones_that_are_sampled(trained_run: Path) -> None:
