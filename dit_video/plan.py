@@ -107,9 +107,9 @@ def main(config: DictConfig) -> None:
     worst = max(range(len(buckets)), key=lambda number: found[number].peak)
     found[worst] = most = predict_step(config, network, buckets[worst], choice)
     seconds = [step_seconds(config, memory, hardware, device) for memory in found]
-    beside = {"autoencoder": network.autoencoder.device_bytes(), "text encoder": network.text.device_bytes()}
+    beside = {"autoencoder": network.autoencoder.device_bytes(devices), "text encoder": network.text.device_bytes(devices)}
     if network.image_encoder is not None:
-        beside["image encoder"] = network.image_encoder.device_bytes()
+        beside["image encoder"] = network.image_encoder.device_bytes(devices)
     say(["", _steps(buckets, found, seconds, devices), _memory(most, buckets[worst], beside)])
 
     room = device.memory * (1 - config.margin) - sum(beside.values())

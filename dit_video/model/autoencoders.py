@@ -37,8 +37,13 @@ class Autoencoder(ABC):
         """Whether it is here, and not only what is known of it."""
         return True
 
-    def device_bytes(self) -> int:
-        """What its weights hold of the device between uses."""
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of its weights, so that they must use it equally often."""
+        return False
+
+    def device_bytes(self, ranks: int = 1) -> int:
+        """What its weights hold of a rank's device between uses, where so many ranks train."""
         return 0
 
     def check(self) -> None:

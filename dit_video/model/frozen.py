@@ -1,51 +1,121 @@
 """Pretrained modules that are used and never trained, such as text encoders and autoencoders."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
-Placement = Literal["device", "offload"]
+Placement = Literal["device", "offload", "shard"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Frozen(Generic[Module]):
-    """A module that `load` makes at its first use; it stays on the device that asks, or lies in the host's memory between uses.
+    """A module that `load` makes at its first use, and where it lies between uses.
+
+    With placement device it stays on the device that asks, with offload it lies in the host's memory, with shard every rank keeps an
+    equal part of it on its device, and all ranks gather it together, so that they must use it equally often (`is_cut`).
 
     It hides from nn.Module on purpose: a network's parameters, averages and checkpoints are those of what is trained, and a network on
     the meta device must not need the weights of its text encoder. Copies of a network share it.
     """
 
     def __init__(self, load: Callable[[], Module], placement: Placement = "device") -> None:
-        if placement not in ("device", "offload"):
+        if placement not in get_args(Placement):
             raise ValueError(
-                f"placement must be device or offload, got {placement!r}; "
+                f"placement must be device, offload or shard, got {placement!r}; "
                 "set text.placement, autoencoder.placement or image_encoder.placement"
             )
         self._load, self.placement = load, placement
         self._module: Module | None = None
+        self._pieces: _Pieces | None = None
+        self._users = 0
 
     def __deepcopy__(self, memo: dict) -> "Frozen[Module]":
         return self
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of it, and gather it together."""
+        return self.placement == "shard" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def share(self, ranks: int) -> float:
+        """How much of it a rank's device holds between uses, where so many ranks train."""
+        return {"device": 1.0, "offload": 0.0, "shard": 1 / ranks}[self.placement]
+
+    def wanted(self, here: bool, device: torch.device | str) -> bool:
+        """Whether any rank wants what is cut, which all of them ask together."""
+        flag = torch.tensor(float(here), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[Module]:
-        """The module on a device, without gradients, for as long as the block lasts."""
+        """The module on a device, without gradients, for as long as the block lasts; inside it may be asked for again."""
         if self._module is None:
             with torch.device("cpu"):
                 self._module = self._load().eval().requires_grad_(False)
+        if self._pieces is None and self.is_cut:
+            self._pieces = _Pieces(self._module, device)
+        self._users += 1
         try:
+            if self._pieces is None:
+                self._module.to(device)
+            elif self._users == 1:
+                self._pieces.gather()
             with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-                yield self._module.to(device)
+                yield self._module
         finally:
-            if self.placement == "offload":
+            self._users -= 1
+            if self._users == 0 and self._pieces is not None:
+                self._pieces.release()
+            elif self._users == 0 and self.placement == "offload":
                 self._module.to("cpu")
+
+
+class _Pieces:
+    """A module's tensors, of which every rank holds an equal part of the bytes."""
+
+    STEP = (
+        512  # bytes that every tensor's place is a multiple of, as an allocator's are: kernels, and so rounding, go by alignment
+    )
+
+    def __init__(self, module: nn.Module, device: torch.device | str) -> None:
+        self.tensors = [*module.parameters(), *module.buffers()]
+        sizes = [-(-tensor.nbytes // self.STEP) * self.STEP for tensor in self.tensors]
+        self.starts = [0, *itertools.accumulate(sizes)]
+        self.shapes, self.device = [tensor.shape for tensor in self.tensors], torch.device(device)
+        self.num_bytes = -(-self.starts[-1] // (self.STEP * dist.get_world_size())) * self.STEP  # of a rank's part
+        first, last = (self.num_bytes * (dist.get_rank() + k) for k in (0, 1))
+        part = torch.zeros(self.num_bytes, dtype=torch.uint8)
+        for tensor, start in zip(self.tensors, self.starts, strict=False):
+            low, high = max(start, first), min(start + tensor.nbytes, last)
+            if low < high:
+                part[low - first : high - first] = (
+                    tensor.detach().contiguous().view(-1).view(torch.uint8)[low - start : high - start]
+                )
+        self.part = part.to(device)
+        self.release()
+
+    def gather(self) -> None:
+        """Every tensor is whole, on the device."""
+        whole = torch.empty(self.num_bytes * dist.get_world_size(), dtype=torch.uint8, device=self.device)
+        dist.all_gather_into_tensor(whole, self.part)
+        for tensor, start, shape in zip(self.tensors, self.starts, self.shapes, strict=False):
+            size = shape.numel() * tensor.element_size()
+            tensor.data = whole[start : start + size].view(tensor.dtype).view(shape)
+
+    def release(self) -> None:
+        """Every tensor is empty."""
+        for tensor in self.tensors:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
 
 
 def num_weights(files: Sequence[Path], prefix: str = "") -> int:

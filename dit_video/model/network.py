@@ -60,6 +60,12 @@ class Network(nn.Module):
             "image_encoder": images.name if images is not None and images.is_here else None,
         }
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of what is frozen, so that they must encode and decode equally often."""
+        own = self.image_encoder
+        return self.text.is_cut or self.autoencoder.is_cut or (own is not None and own.is_cut)
+
     def image_states(self, frames: UInt8[Tensor, "b H W 3"]) -> Float[Tensor, "b i e"]:
         """What the image encoder says of first frames."""
         if self.image_encoder is None:

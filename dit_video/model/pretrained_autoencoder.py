@@ -7,6 +7,7 @@ the weights are compared with what the config asks for before anything is alloca
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class DiffusersAutoencoder(Autoencoder):
         folder: str | None = None,  # of config.json and weights, or of a whole pipeline, whose vae/ it then is
         causal: bool = True,  # see Autoencoder
         dtype: str = "bfloat16",  # float32 or float16; latents are float32 whatever it is
-        placement: Placement = "device",  # offload: in the host's memory between uses
+        placement: Placement = "device",  # between uses; or offload: in the host's memory, or shard: cut over the ranks
         tiling: bool = False,  # large frames in overlapping tiles, as the library cuts them: less memory, and slightly other latents
     ) -> None:
         if len(compression) != 3 or min(compression) < 1:
@@ -230,9 +231,13 @@ class DiffusersAutoencoder(Autoencoder):
     def can_decode(self) -> bool:
         return self.folder is not None
 
-    def device_bytes(self) -> int:
-        held = self.can_decode and self.scaled.placement == "device"
-        return num_weights(self.files.weights) * DTYPES[self.dtype].itemsize if held else 0
+    @property
+    def is_cut(self) -> bool:
+        return self.scaled.is_cut
+
+    def device_bytes(self, ranks: int = 1) -> int:
+        share = self.scaled.share(ranks) if self.can_decode else 0.0
+        return math.ceil(share * num_weights(self.files.weights) * DTYPES[self.dtype].itemsize) if share else 0
 
     def check(self) -> None:
         self.compare(build(self.files))

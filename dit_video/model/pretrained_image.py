@@ -5,6 +5,7 @@ A folder as transformers writes it, read as it is; frames are prepared by the pr
 
 import hashlib
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class ImageEncoder(nn.Module):
         processor: str | None = None,  # the folder of preprocessor_config.json; none: the same
         layer: int = -2,  # whose states: -1 the last layer's, -2 those that it is given
         dtype: Precision = "float32",  # of its weights
-        placement: Placement = "device",  # or offload: in the host's memory between uses
+        placement: Placement = "device",  # between uses; or offload: in the host's memory, or shard: cut over the ranks
     ) -> None:
         super().__init__()
         self.folder, self.processor_folder, self.dim, self.tokens = folder, processor or folder, dim, tokens
@@ -67,13 +68,19 @@ class ImageEncoder(nn.Module):
         kept: torch.dtype = getattr(torch, self.dtype)
         return kept
 
-    def device_bytes(self) -> int:
-        """What its weights hold of the device between uses."""
-        if not self.is_here or self.pretrained.placement != "device":
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of its weights, so that they must use it equally often."""
+        return self.pretrained.is_cut
+
+    def device_bytes(self, ranks: int = 1) -> int:
+        """What its weights hold of a rank's device between uses, where so many ranks train."""
+        share = self.pretrained.share(ranks) if self.is_here else 0.0
+        if not share:
             return 0
         folder = find_folder(self.folder, KEY)
         tower = "vision_model." if read_config(folder, KEY)["model_type"] == "clip" else ""  # beside CLIP's for text
-        return num_weights(weight_files(folder, KEY), tower) * self.kept.itemsize
+        return math.ceil(share * num_weights(weight_files(folder, KEY), tower) * self.kept.itemsize)
 
     def check(self) -> None:
         """ValueError where it cannot be used, as far as a glance tells."""

@@ -7,8 +7,10 @@ unpickled or executed: weights are safetensors, and code in a folder stays where
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +98,7 @@ class PretrainedText(TextEncoder):
         clean: bool = False,  # ftfy, HTML and white space, as Wan does
         no_caption: Literal["learned", "encoded"] = "learned",  # a learned state, or the states of the empty text
         dtype: Precision = "float32",  # of its weights, and of states that are kept
-        placement: Placement = "device",  # or offload: in the host's memory between uses
+        placement: Placement = "device",  # between uses; or offload: in the host's memory, or shard: cut over the ranks
         cache: str | None = None,  # a folder where states are kept; none: in memory alone
         memory_bytes: int = 2**30,  # of states in memory
     ) -> None:
@@ -126,10 +128,16 @@ class PretrainedText(TextEncoder):
     def is_here(self) -> bool:
         return self.folder is not None
 
-    def device_bytes(self) -> int:
-        if not self.is_here or self.pretrained.placement != "device":
+    @property
+    def is_cut(self) -> bool:
+        return self.pretrained.is_cut
+
+    def device_bytes(self, ranks: int = 1) -> int:
+        share = self.pretrained.share(ranks) if self.is_here else 0.0
+        if not share:
             return 0
-        return num_weights(weight_files(find_folder(self.folder, KEY), KEY)) * getattr(torch, self.reading.dtype).itemsize
+        numbers = num_weights(weight_files(find_folder(self.folder, KEY), KEY))
+        return math.ceil(share * numbers * getattr(torch, self.reading.dtype).itemsize)
 
     def check(self) -> None:
         weight_files(find_folder(self.folder, KEY), KEY)
@@ -171,11 +179,25 @@ class PretrainedText(TextEncoder):
         self.nothing = self._checked(states)
 
     def encode(self, captions: list[str | Encoded]) -> Context:
-        found = [self._checked(each) if isinstance(each, Encoded) else self._states(each) for each in captions]
+        with self._read_by_all(captions):
+            found = [self._checked(each) if isinstance(each, Encoded) else self._states(each) for each in captions]
         states = pad_sequence([each.states.to(self.like) for each in found], batch_first=True)
         lengths = torch.tensor([len(each.states) for each in found], device=states.device)
         pooled = [each.pooled.to(self.like) for each in found if each.pooled is not None]
         return Context(states, lengths, torch.stack(pooled) if self.pooled_dim else None)
+
+    @contextmanager
+    def _read_by_all(self, captions: list[str | Encoded]) -> Iterator[None]:
+        """Of what is cut over ranks all gather the weights where any has a caption that it must read, as all come here equally often."""
+        if not self.is_here or self._is_imagined or not self.is_cut:
+            yield
+            return
+        words = [each for each in captions if not isinstance(each, Encoded) and (says(each) or self.nothing is None)]
+        if self.pretrained.wanted(not all(map(self.remembered.recall, words)), self.like.device):
+            with self.pretrained.on(self.like.device):
+                yield
+        else:
+            yield
 
     def unused(self) -> Encoded:
         return self._blank(1)
@@ -186,11 +208,14 @@ class PretrainedText(TextEncoder):
         return self.encode([caption if says(caption) else "" for caption in captions])
 
     def _states(self, caption: str) -> Encoded:
-        if self.like.is_meta or isinstance(
-            self.like, FakeTensor
-        ):  # nothing is computed, so nothing is read: only the shape counts
+        if self._is_imagined:
             return self._blank(min(len(split_words(caption)), self.reading.max_tokens))
         return self.states_of(caption)
+
+    @property
+    def _is_imagined(self) -> bool:
+        """Nothing is computed, so nothing is read: only the shape counts."""
+        return self.like.is_meta or isinstance(self.like, FakeTensor)
 
     def _blank(self, length: int) -> Encoded:
         return Encoded(self.like.new_zeros(length, self.dim), self.like.new_zeros(self.pooled_dim) if self.pooled_dim else None)
@@ -262,8 +287,12 @@ class Several(TextEncoder):
     def is_here(self) -> bool:
         return all(encoder.is_here for encoder in self._each())
 
-    def device_bytes(self) -> int:
-        return sum(encoder.device_bytes() for encoder in self._each())
+    @property
+    def is_cut(self) -> bool:
+        return any(encoder.is_cut for encoder in self._each())
+
+    def device_bytes(self, ranks: int = 1) -> int:
+        return sum(encoder.device_bytes(ranks) for encoder in self._each())
 
     def check(self) -> None:
         for encoder in self._each():

@@ -60,17 +60,23 @@ class Remembered:
         return self
 
     def __call__(self, caption: str) -> Encoded:
+        if (known := self.recall(caption)) is not None:
+            return known
+        found = self._encode(caption)
+        self.counts.encoded += 1
+        if self.folder is not None:
+            self._write(self._path(caption), *found)
+        return self._keep(caption, *found)
+
+    def recall(self, caption: str) -> Encoded | None:
+        """What is known of a caption, in memory or on disk."""
         if (known := self._memory.get(caption)) is not None:
             self._memory.move_to_end(caption)
             return known
-        path = None if self.folder is None else self._path(caption)
-        found = None if path is None else self._read(path)
-        if found is None:
-            found = self._encode(caption)
-            self.counts.encoded += 1
-            if path is not None:
-                self._write(path, *found)
-        encoded, cut = found
+        found = None if self.folder is None else self._read(self._path(caption))
+        return None if found is None else self._keep(caption, *found)
+
+    def _keep(self, caption: str, encoded: Encoded, cut: int) -> Encoded:
         self.counts.captions += 1
         self.counts.tokens_cut += cut
         self.counts.truncated += cut > 0

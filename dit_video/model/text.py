@@ -75,8 +75,13 @@ class TextEncoder(nn.Module):
         """What happened to captions so far, for the record of a run."""
         return {}
 
-    def device_bytes(self) -> int:
-        """What frozen weights hold of the device between uses."""
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of frozen weights, so that they must encode equally often."""
+        return False
+
+    def device_bytes(self, ranks: int = 1) -> int:
+        """What frozen weights hold of a rank's device between uses, where so many ranks train."""
         return 0
 
     def check(self) -> None:

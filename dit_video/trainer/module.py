@@ -142,7 +142,7 @@ class VideoDiffusion(L.LightningModule):
         """The network with its averaged weights, for as long as the block lasts; RankFailed where a rank has failed and does not come."""
         all_gathered(None)  # before ranks wait for each other's weights
         layout, gathered = self.parallel.layout, self.parallel.gather_to_sample
-        waits = layout.context > 1 or (layout.shard > 1 and not gathered)
+        waits = layout.context > 1 or (layout.shard > 1 and not gathered) or self.network.is_cut
         with self.ema.applied(gather=gathered), asked_before([self.network.text, self.network.transformer] if waits else []):
             yield self.network
 

@@ -40,7 +40,7 @@ class ValidationLoss(Aside):
 
     def _losses(self, trainer: L.Trainer, module: VideoDiffusion, network: Network) -> dict[str, list[float]]:
         """Of the batches that this rank takes: a share where it needs no other rank to compute them, otherwise, on rank 0, all."""
-        layout, shared = module.parallel.layout, module.parallel.gather_to_sample
+        layout, shared = module.parallel.layout, module.parallel.gather_to_sample and not network.is_cut
         rank, size = (layout.data_rank(trainer.global_rank), layout.data_size) if shared else (0, 1)
         values: dict[str, list[float]] = defaultdict(list)
         objective = module.objective
