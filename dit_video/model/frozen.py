@@ -17,11 +17,25 @@ Placement = Literal["device", "offload", "shard"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
+_meetings: list[Callable[[], object]] = []
+
+
+@contextmanager
+def met_before(meet: Callable[[], object]) -> Iterator[None]:
+    """Before ranks do anything together with what is cut they `meet`, which raises on all of them where one has failed elsewhere."""
+    _meetings.append(meet)
+    try:
+        yield
+    finally:
+        _meetings.pop()
+
+
 class Frozen(Generic[Module]):
     """A module that `load` makes at its first use, and where it lies between uses.
 
-    With placement device it stays on the device that asks, with offload it lies in the host's memory, with shard every rank keeps an
-    equal part of it on its device, and all ranks gather it together, so that they must use it equally often (`is_cut`).
+    With placement device it stays on the device that asks, and with offload it lies in the host's memory. With shard every rank keeps an
+    equal part of it on its device, and all gather it together, so that they must use it equally often (`is_cut`); each has loaded all of
+    it once, into the host's memory, and holds all of it on its device while it is used.
 
     It hides from nn.Module on purpose: a network's parameters, averages and checkpoints are those of what is trained, and a network on
     the meta device must not need the weights of its text encoder. Copies of a network share it.
@@ -46,46 +60,77 @@ class Frozen(Generic[Module]):
         """Whether ranks hold parts of it, and gather it together."""
         return self.placement == "shard" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is in use, and whole."""
+        return self._users > 0
+
     def share(self, ranks: int) -> float:
         """How much of it a rank's device holds between uses, where so many ranks train."""
         return {"device": 1.0, "offload": 0.0, "shard": 1 / ranks}[self.placement]
 
     def wanted(self, here: bool, device: torch.device | str) -> bool:
         """Whether any rank wants what is cut, which all of them ask together."""
-        flag = torch.tensor(float(here), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        _come()
+        return _any_rank(here, device)
 
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[Module]:
         """The module on a device, without gradients, for as long as the block lasts; inside it may be asked for again."""
-        if self._module is None:
-            with torch.device("cpu"):
-                self._module = self._load().eval().requires_grad_(False)
-        if self._pieces is None and self.is_cut:
-            self._pieces = _Pieces(self._module, device)
+        if self.is_cut and not self.is_open:
+            self._gather(device)
+        elif self._module is None:
+            self._module = self._loaded()
+        assert self._module is not None
         self._users += 1
         try:
             if self._pieces is None:
                 self._module.to(device)
-            elif self._users == 1:
-                self._pieces.gather()
             with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
                 yield self._module
         finally:
             self._users -= 1
-            if self._users == 0 and self._pieces is not None:
+            if not self.is_open and self._pieces is not None:
                 self._pieces.release()
-            elif self._users == 0 and self.placement == "offload":
+            elif not self.is_open and self.placement == "offload":
                 self._module.to("cpu")
+
+    def _loaded(self) -> Module:
+        with torch.device("cpu"):
+            return self._load().eval().requires_grad_(False)
+
+    def _gather(self, device: torch.device | str) -> None:
+        """Makes it whole; where one rank cannot load it at the first use, all of them fail."""
+        _come()
+        if self._pieces is None:
+            problem: Exception | None = None
+            try:
+                self._module = self._loaded()
+                self._pieces = _Pieces(self._module, device)
+            except Exception as error:
+                problem = error
+            if _any_rank(problem is not None, device):
+                self._module = self._pieces = None
+                raise problem or RuntimeError("frozen weights could not be loaded on another rank, which says why")
+        assert self._pieces is not None
+        self._pieces.gather()
+
+
+def _come() -> None:
+    for meet in _meetings:
+        meet()
+
+
+def _any_rank(here: bool, device: torch.device | str) -> bool:
+    flag = torch.tensor(float(here), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 class _Pieces:
     """A module's tensors, of which every rank holds an equal part of the bytes."""
 
-    STEP = (
-        512  # bytes that every tensor's place is a multiple of, as an allocator's are: kernels, and so rounding, go by alignment
-    )
+    STEP = 512  # bytes that places of tensors are multiples of, as an allocator's are: kernels, and so rounding, go by alignment
 
     def __init__(self, module: nn.Module, device: torch.device | str) -> None:
         self.tensors = [*module.parameters(), *module.buffers()]

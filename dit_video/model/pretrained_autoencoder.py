@@ -233,7 +233,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     @property
     def is_cut(self) -> bool:
-        return self.scaled.is_cut
+        return self.can_decode and self.scaled.is_cut
 
     def device_bytes(self, ranks: int = 1) -> int:
         share = self.scaled.share(ranks) if self.can_decode else 0.0

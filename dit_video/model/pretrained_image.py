@@ -71,7 +71,7 @@ class ImageEncoder(nn.Module):
     @property
     def is_cut(self) -> bool:
         """Whether ranks hold parts of its weights, so that they must use it equally often."""
-        return self.pretrained.is_cut
+        return self.is_here and self.pretrained.is_cut
 
     def device_bytes(self, ranks: int = 1) -> int:
         """What its weights hold of a rank's device between uses, where so many ranks train."""

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -130,7 +130,7 @@ class PretrainedText(TextEncoder):
 
     @property
     def is_cut(self) -> bool:
-        return self.pretrained.is_cut
+        return self.is_here and self.pretrained.is_cut
 
     def device_bytes(self, ranks: int = 1) -> int:
         share = self.pretrained.share(ranks) if self.is_here else 0.0
@@ -179,25 +179,32 @@ class PretrainedText(TextEncoder):
         self.nothing = self._checked(states)
 
     def encode(self, captions: list[str | Encoded]) -> Context:
-        with self._read_by_all(captions):
-            found = [self._checked(each) if isinstance(each, Encoded) else self._states(each) for each in captions]
+        with self._read_by_all(captions) as known:
+            found = [
+                self._checked(each) if isinstance(each, Encoded) else known.get(each) or self._states(each) for each in captions
+            ]
         states = pad_sequence([each.states.to(self.like) for each in found], batch_first=True)
         lengths = torch.tensor([len(each.states) for each in found], device=states.device)
         pooled = [each.pooled.to(self.like) for each in found if each.pooled is not None]
         return Context(states, lengths, torch.stack(pooled) if self.pooled_dim else None)
 
     @contextmanager
-    def _read_by_all(self, captions: list[str | Encoded]) -> Iterator[None]:
-        """Of what is cut over ranks all gather the weights where any has a caption that it must read, as all come here equally often."""
-        if not self.is_here or self._is_imagined or not self.is_cut:
-            yield
+    def _read_by_all(self, captions: list[str | Encoded]) -> Iterator[dict[str, Encoded]]:
+        """Of what is cut over ranks all gather the weights where any has a caption that it must read; gives the states of the others.
+
+        All ranks come here equally often, with whatever captions.
+        """
+        if self._is_imagined or not self.is_cut:
+            yield {}
             return
-        words = [each for each in captions if not isinstance(each, Encoded) and (says(each) or self.nothing is None)]
-        if self.pretrained.wanted(not all(map(self.remembered.recall, words)), self.like.device):
-            with self.pretrained.on(self.like.device):
-                yield
-        else:
-            yield
+        words = {each for each in captions if isinstance(each, str) and (says(each) or self.nothing is None)}
+        known = {each: states for each in words if (states := self.remembered.recall(each)) is not None}
+        with (
+            self.pretrained.on(self.like.device)
+            if self.pretrained.wanted(known.keys() != words, self.like.device)
+            else nullcontext()
+        ):
+            yield known
 
     def unused(self) -> Encoded:
         return self._blank(1)

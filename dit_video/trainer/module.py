@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dit_video.model.frozen import met_before
 from dit_video.model.layers import initialise, rules_of
 from dit_video.model.network import Network
 from dit_video.objective.objective import Losses, Objective
@@ -104,8 +105,8 @@ class VideoDiffusion(L.LightningModule):
             self.to(device)
             if self.begin is not None:
                 self.begin(self.network)
-            self.learners = self.make_learners()
-            self.ema = EMA(self.network, self.decays, self.offload_ema)
+        self.learners = self.make_learners()
+        self.ema = EMA(self.network, self.decays, self.offload_ema)
 
     def trained_parts(self) -> dict[str, nn.Module]:
         """What is trained and saved, by name."""
@@ -142,8 +143,9 @@ class VideoDiffusion(L.LightningModule):
         """The network with its averaged weights, for as long as the block lasts; RankFailed where a rank has failed and does not come."""
         all_gathered(None)  # before ranks wait for each other's weights
         layout, gathered = self.parallel.layout, self.parallel.gather_to_sample
-        waits = layout.context > 1 or (layout.shard > 1 and not gathered) or self.network.is_cut
-        with self.ema.applied(gather=gathered), asked_before([self.network.text, self.network.transformer] if waits else []):
+        waits = layout.context > 1 or (layout.shard > 1 and not gathered)
+        asked = asked_before([self.network.text, self.network.transformer] if waits else [])
+        with self.ema.applied(gather=gathered), asked, met_before(lambda: all_gathered(None)):
             yield self.network
 
     def cpu(self) -> "VideoDiffusion":

@@ -6,6 +6,7 @@ Speeds are the median of interleaved repetitions; MFU is three forward passes' a
 the device's published dense bf16 peak.
 """
 
+import gc
 import json
 import os
 import statistics
@@ -210,6 +211,7 @@ def training(words: tuple[str, ...], steps: int = 6, clips: int = 1) -> bool:
         print(f"train {type(plan.transformer).__name__} under FSDP2: {told}", flush=True)
         wanted = digest(module)
         del module
+        gc.collect()  # the trainer holds it
         if cuda:
             torch.cuda.empty_cache()
         found = checkpoint.newest(folder)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dit_video.model.frozen import Frozen
+from dit_video.model.frozen import Frozen, met_before
 from dit_video.model.pretrained_autoencoder import DiffusersAutoencoder
 from dit_video.model.pretrained_text import PretrainedText
 from dit_video.seeding import seeded
+from dit_video.trainer.layout import RankFailed, all_gathered, together
 
 ROUNDS = [  # of captions, by rank: some that a rank knows already, some that both are new to, some that one alone must read
     (["a red circle", "snow"], ["snow", "rain"]),
@@ -46,6 +47,33 @@ def encoding(folder: Path) -> dict[str, Any]:
         held[name] = bytes_of(cut) / bytes_of(whole)
     dist.destroy_process_group()
     return {"same": same, "held": held, "encoded": texts["shard"].counts.encoded}
+
+
+def failing(folder: Path) -> list[str]:
+    """What a rank is told where rank 0 fails while the other goes on to what is cut, and where rank 0 cannot load it; then it works."""
+    dist.init_process_group("gloo")
+    rank, told = dist.get_rank(), []
+    coder = DiffusersAutoencoder((4, 8, 8), 16, str(folder / "vae"), placement="shard")
+    latents = torch.zeros(1, 2, 2, 2, 16)
+
+    def work() -> None:
+        if rank == 0:
+            raise OSError("a disk is gone")
+        coder.decode(latents)
+
+    load = coder.scaled._load
+    for attempt in ("work", "load", "nothing"):
+        if attempt == "load" and rank == 0:
+            coder.scaled._load = lambda: (_ for _ in ()).throw(ValueError("no weights"))
+        try:
+            with met_before(lambda: all_gathered(None)):
+                together(work if attempt == "work" else lambda: coder.decode(latents))
+            told.append("done")
+        except RankFailed as error:
+            told.append(str(error))
+        coder.scaled._load = load
+    dist.destroy_process_group()
+    return told
 
 
 def bytes_of(frozen: Frozen) -> int:

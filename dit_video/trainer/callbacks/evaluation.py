@@ -39,15 +39,13 @@ class ValidationLoss(Aside):
         record(trainer, module, {name: sum(v) / len(v) for name, v in sorted(values.items()) if v})
 
     def _losses(self, trainer: L.Trainer, module: VideoDiffusion, network: Network) -> dict[str, list[float]]:
-        """Of the batches that this rank takes: a share where it needs no other rank to compute them, otherwise, on rank 0, all."""
-        layout, shared = module.parallel.layout, module.parallel.gather_to_sample and not network.is_cut
+        """Of the batches that this rank takes: a share where it needs no other rank for the transformer, otherwise, on rank 0, all."""
+        layout, shared = module.parallel.layout, module.parallel.gather_to_sample
         rank, size = (layout.data_rank(trainer.global_rank), layout.data_size) if shared else (0, 1)
         values: dict[str, list[float]] = defaultdict(list)
         objective = module.objective
-        for number, batch in enumerate(self.batches()):
-            beat("validation")
-            if number % size != rank:
-                continue
+
+        def take(batch: Batch, counts: bool = True) -> None:
             batch = network.as_latents(batch.to(module.device))
             for level in LEVELS:
                 corrupted = objective.corrupt(batch, network.tokens, time=level)
@@ -55,7 +53,15 @@ class ValidationLoss(Aside):
                     losses = objective.compare(network, batch, corrupted)
                 for loss, task, weight in zip(losses.velocity.tolist(), losses.tasks, batch.weights.tolist(), strict=True):
                     for name in ("", f"/level/{level}", f"/task/{task}"):
-                        values[f"val/loss{name}"] += [loss] * (weight > 0)
+                        values[f"val/loss{name}"] += [loss] * (counts and weight > 0)
+
+        number = 0
+        for number, batch in enumerate(self.batches(), 1):
+            beat("validation")
+            if (number - 1) % size == rank:
+                take(batch)
+        if network.is_cut and rank >= number % size > 0:  # all ranks use what is cut equally often
+            take(batch, counts=False)
         return values if trainer.global_rank % layout.context == 0 and (shared or trainer.is_global_zero) else {}
 
 
