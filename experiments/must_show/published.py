@@ -159,7 +159,11 @@ def gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        line(7, "Wan 1.3B at 32,760 tokens on one GPU", "unmeasured, there is none here; experiments/benchmarks/gpu.sh prints it")
+        line(
+            7,
+            "Wan 1.3B at 32,760 tokens on one GPU",
+            "there is none here; experiments/benchmarks/gpu-2026-11-27.txt is what one printed",
+        )
         return
     done = subprocess.run(["bash", "experiments/benchmarks/gpu.sh"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for told in done.stdout.splitlines():
