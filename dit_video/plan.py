@@ -24,9 +24,11 @@ from dit_video.data.errors import BadDataError
 from dit_video.data.loader import ClipLoader
 from dit_video.data.plan import Step
 from dit_video.info import check_tokens, table_of, with_unit
-from dit_video.model.autoencoders import Pixels
+from dit_video.model.autoencoders import Autoencoder, Pixels
 from dit_video.model.cost import TRAINING, flops_by_part, parameters_by_part
 from dit_video.model.network import Network
+from dit_video.model.pretrained_image import ImageEncoder
+from dit_video.model.text import TextEncoder
 from dit_video.shapes import Batch, Encoded, token_grid
 from dit_video.train import check as check_training
 from dit_video.train import make_module
@@ -107,9 +109,14 @@ def main(config: DictConfig) -> None:
     worst = max(range(len(buckets)), key=lambda number: found[number].peak)
     found[worst] = most = predict_step(config, network, buckets[worst], choice)
     seconds = [step_seconds(config, memory, hardware, device) for memory in found]
-    beside = {"autoencoder": network.autoencoder.device_bytes(devices), "text encoder": network.text.device_bytes(devices)}
+    encoders: dict[str, Autoencoder | TextEncoder | ImageEncoder] = {
+        "autoencoder": network.autoencoder,
+        "text encoder": network.text,
+    }
     if network.image_encoder is not None:
-        beside["image encoder"] = network.image_encoder.device_bytes(devices)
+        encoders["image encoder"] = network.image_encoder
+    beside = {name: encoder.device_bytes(devices) for name, encoder in encoders.items()}
+    comes = max(encoder.device_bytes(devices, in_use=True) - beside[name] for name, encoder in encoders.items())
     say(["", _steps(buckets, found, seconds, devices), _memory(most, buckets[worst], beside)])
 
     room = device.memory * (1 - config.margin) - sum(beside.values())
@@ -118,6 +125,14 @@ def main(config: DictConfig) -> None:
         f"{'Fits' if most.peak <= room else 'Does not fit'}: {with_unit(most.peak, 'B')} at the peak of the {most.worst}, of "
         f"{with_unit(max(room, 0), 'B')} (what the device has, less {config.margin:.0%} for its context, workspaces and fragments{frozen})"
     ])  # fmt: skip
+    used = sum(most.most.get(part, 0) for part in KEPT) + comes
+    if comes and used > most.peak:
+        fits = "Fits" if used <= room else "Does not fit"
+        say(
+            [
+                f"{fits}, too: {with_unit(used, 'B')} where frozen weights that lie elsewhere come to the device, beside what is kept"
+            ]
+        )
     if most.peak > room:
         search = Search(config, network, buckets[worst], choice, device, room)
         say(suggestion(search, Found([], most, seconds[worst][0])))

@@ -69,6 +69,21 @@ def test_what_comes_as_states_is_measured_without_its_encoder(text: str, capsys:
     assert abs(float(re.findall(r"^ *peak +\S+ \S+ +\S+ \S+ +([+-][\d.]+)%", out, re.M)[0])) < 10
 
 
+def test_frozen_weights_that_come_to_the_device_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """MiniLM has 90 MB, more than all the rest; cut over two ranks it needs 45 between uses, and 135 in use."""
+    own = [word for word in WORDS if not word.startswith("text.")]
+    words = [*own, "text=minilm", "trainer.devices=2", "trainer.layout.shard=2", "margin=0"]
+
+    def said(placement: str, memory: float) -> list[tuple[str, str]]:
+        out = printed(capsys, *words, f"text.placement={placement}", f"device.memory={memory}")
+        return re.findall(r"^(Fits|Does not fit)(, too)?: ", out, re.M)
+
+    assert said("device", 120e6) == [("Fits", "")]  # they lie there already
+    assert said("offload", 120e6) == [("Fits", ""), ("Fits", ", too")]
+    assert said("shard", 120e6) == [("Fits", ""), ("Does not fit", ", too")]
+    assert said("shard", 160e6) == [("Fits", ""), ("Fits", ", too")]
+
+
 @pytest.mark.slow
 def test_what_is_suggested_fits_when_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """On a device with less memory than the step needs, and one with less than any layout of it leaves free."""

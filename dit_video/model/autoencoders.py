@@ -42,8 +42,8 @@ class Autoencoder(ABC):
         """Whether ranks hold parts of its weights, so that they must use it equally often."""
         return False
 
-    def device_bytes(self, ranks: int = 1) -> int:
-        """What its weights hold of a rank's device between uses, where so many ranks train."""
+    def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
+        """What its weights hold of a rank's device between uses, or in use, where so many ranks train."""
         return 0
 
     def check(self) -> None:

@@ -65,9 +65,11 @@ class Frozen(Generic[Module]):
         """Whether it is in use, and whole."""
         return self._users > 0
 
-    def share(self, ranks: int) -> float:
-        """How much of it a rank's device holds between uses, where so many ranks train."""
-        return {"device": 1.0, "offload": 0.0, "shard": 1 / ranks}[self.placement]
+    def share(self, ranks: int, in_use: bool = False) -> float:
+        """How much of it a rank's device holds between uses, or while it is used, where so many ranks train."""
+        between = {"device": 1.0, "offload": 0.0, "shard": 1 / ranks}[self.placement]
+        together = self.placement == "shard" and ranks > 1  # the whole, and the part that it was gathered from
+        return between + 1 if in_use and together else 1.0 if in_use else between
 
     def wanted(self, here: bool, device: torch.device | str) -> bool:
         """Whether any rank wants what is cut, which all of them ask together."""

@@ -235,8 +235,8 @@ class DiffusersAutoencoder(Autoencoder):
     def is_cut(self) -> bool:
         return self.can_decode and self.scaled.is_cut
 
-    def device_bytes(self, ranks: int = 1) -> int:
-        share = self.scaled.share(ranks) if self.can_decode else 0.0
+    def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
+        share = self.scaled.share(ranks, in_use) if self.can_decode else 0.0
         return math.ceil(share * num_weights(self.files.weights) * DTYPES[self.dtype].itemsize) if share else 0
 
     def check(self) -> None:

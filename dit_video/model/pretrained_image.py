@@ -73,9 +73,9 @@ class ImageEncoder(nn.Module):
         """Whether ranks hold parts of its weights, so that they must use it equally often."""
         return self.is_here and self.pretrained.is_cut
 
-    def device_bytes(self, ranks: int = 1) -> int:
-        """What its weights hold of a rank's device between uses, where so many ranks train."""
-        share = self.pretrained.share(ranks) if self.is_here else 0.0
+    def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
+        """What its weights hold of a rank's device between uses, or in use, where so many ranks train."""
+        share = self.pretrained.share(ranks, in_use) if self.is_here else 0.0
         if not share:
             return 0
         folder = find_folder(self.folder, KEY)

@@ -132,8 +132,8 @@ class PretrainedText(TextEncoder):
     def is_cut(self) -> bool:
         return self.is_here and self.pretrained.is_cut
 
-    def device_bytes(self, ranks: int = 1) -> int:
-        share = self.pretrained.share(ranks) if self.is_here else 0.0
+    def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
+        share = self.pretrained.share(ranks, in_use) if self.is_here else 0.0
         if not share:
             return 0
         numbers = num_weights(weight_files(find_folder(self.folder, KEY), KEY))
@@ -298,8 +298,10 @@ class Several(TextEncoder):
     def is_cut(self) -> bool:
         return any(encoder.is_cut for encoder in self._each())
 
-    def device_bytes(self, ranks: int = 1) -> int:
-        return sum(encoder.device_bytes(ranks) for encoder in self._each())
+    def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
+        between = [encoder.device_bytes(ranks) for encoder in self._each()]
+        more = [encoder.device_bytes(ranks, True) - own for encoder, own in zip(self._each(), between, strict=True)]
+        return sum(between) + (max(more) if in_use else 0)  # they are used one after the other
 
     def check(self) -> None:
         for encoder in self._each():

@@ -80,8 +80,8 @@ class TextEncoder(nn.Module):
         """Whether ranks hold parts of frozen weights, so that they must encode equally often."""
         return False
 
-    def device_bytes(self, ranks: int = 1) -> int:
-        """What frozen weights hold of a rank's device between uses, where so many ranks train."""
+    def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
+        """What frozen weights hold of a rank's device between uses, or in use, where so many ranks train."""
         return 0
 
     def check(self) -> None:
