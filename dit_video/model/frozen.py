@@ -65,11 +65,12 @@ class Frozen(Generic[Module]):
         """Whether it is in use, and whole."""
         return self._users > 0
 
-    def share(self, ranks: int, in_use: bool = False) -> float:
-        """How much of it a rank's device holds between uses, or while it is used, where so many ranks train."""
+    def device_bytes(self, whole: Callable[[], int], ranks: int = 1, in_use: bool = False) -> int:
+        """Of its `whole` bytes, what a rank's device holds between uses, or while it is used, where so many ranks train."""
         between = {"device": 1.0, "offload": 0.0, "shard": 1 / ranks}[self.placement]
         together = self.placement == "shard" and ranks > 1  # the whole, and the part that it was gathered from
-        return between + 1 if in_use and together else 1.0 if in_use else between
+        share = between + 1 if in_use and together else 1.0 if in_use else between
+        return math.ceil(share * whole()) if share else 0
 
     def wanted(self, here: bool, device: torch.device | str) -> bool:
         """Whether any rank wants what is cut, which all of them ask together."""

@@ -7,7 +7,6 @@ the weights are compared with what the config asks for before anything is alloca
 import hashlib
 import importlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -236,8 +235,10 @@ class DiffusersAutoencoder(Autoencoder):
         return self.can_decode and self.scaled.is_cut
 
     def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
-        share = self.scaled.share(ranks, in_use) if self.can_decode else 0.0
-        return math.ceil(share * num_weights(self.files.weights) * DTYPES[self.dtype].itemsize) if share else 0
+        return self.scaled.device_bytes(self._num_bytes, ranks, in_use) if self.can_decode else 0
+
+    def _num_bytes(self) -> int:
+        return num_weights(self.files.weights) * DTYPES[self.dtype].itemsize
 
     def check(self) -> None:
         self.compare(build(self.files))

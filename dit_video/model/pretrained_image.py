@@ -5,7 +5,6 @@ A folder as transformers writes it, read as it is; frames are prepared by the pr
 
 import hashlib
 import json
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,12 +74,12 @@ class ImageEncoder(nn.Module):
 
     def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
         """What its weights hold of a rank's device between uses, or in use, where so many ranks train."""
-        share = self.pretrained.share(ranks, in_use) if self.is_here else 0.0
-        if not share:
-            return 0
+        return self.pretrained.device_bytes(self._num_bytes, ranks, in_use) if self.is_here else 0
+
+    def _num_bytes(self) -> int:
         folder = find_folder(self.folder, KEY)
         tower = "vision_model." if read_config(folder, KEY)["model_type"] == "clip" else ""  # beside CLIP's for text
-        return math.ceil(share * num_weights(weight_files(folder, KEY), tower) * self.kept.itemsize)
+        return num_weights(weight_files(folder, KEY), tower) * self.kept.itemsize
 
     def check(self) -> None:
         """ValueError where it cannot be used, as far as a glance tells."""

@@ -7,7 +7,6 @@ unpickled or executed: weights are safetensors, and code in a folder stays where
 import hashlib
 import html
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -133,11 +132,11 @@ class PretrainedText(TextEncoder):
         return self.is_here and self.pretrained.is_cut
 
     def device_bytes(self, ranks: int = 1, in_use: bool = False) -> int:
-        share = self.pretrained.share(ranks, in_use) if self.is_here else 0.0
-        if not share:
-            return 0
+        return self.pretrained.device_bytes(self._num_bytes, ranks, in_use) if self.is_here else 0
+
+    def _num_bytes(self) -> int:
         numbers = num_weights(weight_files(find_folder(self.folder, KEY), KEY))
-        return math.ceil(share * numbers * getattr(torch, self.reading.dtype).itemsize)
+        return numbers * int(getattr(torch, self.reading.dtype).itemsize)
 
     def check(self) -> None:
         weight_files(find_folder(self.folder, KEY), KEY)
@@ -168,8 +167,7 @@ class PretrainedText(TextEncoder):
         return self.remembered(caption)
 
     def imagined(self, num_words: int) -> Encoded:
-        length = min(num_words, self.reading.max_tokens)
-        return Encoded(torch.zeros(length, self.dim), torch.zeros(self.pooled_dim) if self.pooled_dim else None)
+        return self._blank(min(num_words, self.reading.max_tokens), torch.empty(0))
 
     @property
     def needs_nothing(self) -> bool:
@@ -207,7 +205,7 @@ class PretrainedText(TextEncoder):
             yield known
 
     def unused(self) -> Encoded:
-        return self._blank(1)
+        return self._blank(1, self.like)
 
     def forward(self, captions: Sequence[Caption]) -> Context:
         if self.no_caption == "learned":
@@ -216,7 +214,7 @@ class PretrainedText(TextEncoder):
 
     def _states(self, caption: str) -> Encoded:
         if self._is_imagined:
-            return self._blank(min(len(split_words(caption)), self.reading.max_tokens))
+            return self._blank(min(len(split_words(caption)), self.reading.max_tokens), self.like)
         return self.states_of(caption)
 
     @property
@@ -224,8 +222,8 @@ class PretrainedText(TextEncoder):
         """Nothing is computed, so nothing is read: only the shape counts."""
         return self.like.is_meta or isinstance(self.like, FakeTensor)
 
-    def _blank(self, length: int) -> Encoded:
-        return Encoded(self.like.new_zeros(length, self.dim), self.like.new_zeros(self.pooled_dim) if self.pooled_dim else None)
+    def _blank(self, length: int, like: Tensor) -> Encoded:
+        return Encoded(like.new_zeros(length, self.dim), like.new_zeros(self.pooled_dim) if self.pooled_dim else None)
 
     def _checked(self, caption: Encoded) -> Encoded:
         """States that came with the clips, if they can be this encoder's."""

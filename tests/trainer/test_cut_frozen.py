@@ -90,6 +90,8 @@ def test_training_with_what_is_cut_is_the_same(frozen: Path, world_shards: Path,
 def test_one_process_holds_all() -> None:
     module = torch.nn.Linear(3, 4)
     frozen = Frozen(lambda: module, "shard")
-    assert not frozen.is_cut and (frozen.share(1), frozen.share(4)) == (1.0, 0.25)
+    assert not frozen.is_cut
+    held = [frozen.device_bytes(lambda: 100, ranks, in_use) for ranks in (1, 4) for in_use in (False, True)]
+    assert held == [100, 100, 25, 125]  # the whole, beside the part that it was gathered from
     with frozen.on("cpu") as one, frozen.on("cpu") as other:  # inside it may be asked for again
         assert one is other is module and not module.weight.requires_grad
