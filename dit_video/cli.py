@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs.
 Exit status: 0 done, 1 the work failed, 2 the command line was wrong, 130 interrupted.
 """
 
+import atexit
 import importlib
 import inspect
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dit_video.help import COMMANDS, FLAGS, SHORT_FLAGS, TOOLED, command_help, general_help
 
@@ -69,6 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank = os.environ.get("RANK", "0")
             print(f"dit-video{'' if rank == '0' else f' (rank {rank})'}: {line}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def program() -> NoReturn:
+    """Runs this process's command line and ends the process with its exit status."""
+    status = 1
+
+    def end() -> None:
+        if (launch := sys.modules.get("dit_video.trainer.launch")) is not None:
+            launch.end_rank(status)
+
+    atexit.register(end)  # first, so that it is called last
+    try:
+        status = main()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    sys.exit(status)
 
 
 def describe(error: BaseException) -> str | None:
@@ -292,4 +310,4 @@ def _argv(*words: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -81,6 +81,19 @@ def join(world_size: int, accelerator: str = "cpu") -> int:
     if rank > 0:  # which would say the same as rank 0
         logging.getLogger("dit_video").setLevel(logging.ERROR)
     return rank
+
+
+def end_rank(status: int) -> None:
+    """Ends this process where it is one of several, without taking the interpreter down; what is registered with atexit is done by now.
+
+    Gloo's threads let go of tensors late, and one that does so while the interpreter goes down ends the process by SIGABRT: a rank that
+    has saved all it should would count as failed. Leaving the process group does not help, as caches inside torch keep it alive.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # whoever read it has left, or it is closed
+                stream.flush()
+        os._exit(status)
 
 
 def wants_launch(world_size: int, restarts: int) -> bool:
