@@ -11,7 +11,9 @@ from small_run import SMALL
 from dit_video.build import make_network
 from dit_video.cli import main
 from dit_video.compose import compose, take_apart
-from dit_video.plan import Choice, Device, Found, Search, alternatives, changes, check, find_buckets, predict_step, step_seconds
+from dit_video.plan import check
+from dit_video.plan.search import Found, Search, alternatives, changes
+from dit_video.plan.step import Choice, Device, find_buckets, predict_step, step_seconds
 
 WORDS = (*SMALL, "data.shards=nowhere.tar")
 

@@ -21,7 +21,8 @@ from dit_video.model.transformer import VideoTransformer
 from dit_video.objective.levels import LogitNormal
 from dit_video.objective.objective import Objective
 from dit_video.objective.tasks import FirstFrames, TextToVideo
-from dit_video.plan import Choice, check, find_buckets, measured
+from dit_video.plan import check
+from dit_video.plan.step import Choice, find_buckets, measured
 from dit_video.seeding import seeded
 from dit_video.shapes import Batch
 from dit_video.trainer.fit import Hardware, fit

@@ -14,7 +14,8 @@ from layout_work import errors, planned, run_ranks  # noqa: E402
 
 from dit_video.build import make_network  # noqa: E402
 from dit_video.compose import compose, take_apart  # noqa: E402
-from dit_video.plan import Choice, _batch, check, find_buckets, predict_step, unstarted  # noqa: E402
+from dit_video.plan import check  # noqa: E402
+from dit_video.plan.step import Choice, find_buckets, make_batch, predict_step, unstarted  # noqa: E402
 from dit_video.train import make_module  # noqa: E402
 from dit_video.trainer.fit import fit  # noqa: E402
 from dit_video.trainer.hollow import _autocast_of_a_gpu  # noqa: E402
@@ -110,7 +111,7 @@ def test_the_allocator_of_a_cpu_says_the_same() -> None:
     (bucket,), _ = find_buckets(config, network, choice)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         module = make_module(unstarted(config), None, choice.hardware)
-        fit(module, (_batch(config, network, bucket, choice) for _ in range(3)), [], [], choice.hardware)
+        fit(module, (make_batch(config, network, bucket, choice) for _ in range(3)), [], [], choice.hardware)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     assert predict_step(config, network, bucket, choice).peak == pytest.approx(max(held), rel=0.01)
