@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, deserialize
 
 from dit_video.data.audio import decode_all_audio
+from dit_video.data.buckets import ClipShape
 from dit_video.data.decode import decode_all
-from dit_video.data.encoding import LATENTS, NOTHING, TEXT, Encoding, read_note
+from dit_video.data.encoded import EncodedReader
+from dit_video.data.encoding import LATENTS, NOTHING, Encoding, one_encoding, read_note
 from dit_video.data.files import ShardFile, exists, expand_shards, open_file
 from dit_video.data.index import (
     AUDIO_EXTENSIONS,
@@ -26,10 +27,11 @@ from dit_video.data.index import (
     build,
     load,
     save,
+    shape_of,
     write_index,
 )
 from dit_video.data.pool import DecodePool, Failure
-from dit_video.data.reader import caption_members, captions_of
+from dit_video.data.reader import Job, caption_members, captions_of
 from dit_video.data.shards import BadDataError, ClipRecord, members_of, read_members, sidecar, write_shard
 from dit_video.data.video_file import read_image
 
@@ -46,6 +48,7 @@ class CheckClip:
     max_caption_chars: int
     frames: bool  # False: frames are not decoded, but the bytes are those that were indexed
     audio: bool  # sound is decoded too
+    encoding: Encoding | None = None  # of the latents of all shards; none: as each clip says
 
     def __call__(self, record: ClipRecord, out: UInt8[np.ndarray, " bytes"]) -> int:
         found, members = 0, read_members(record, list(record.members))
@@ -54,9 +57,9 @@ class CheckClip:
                 found += decode_all(data) if self.frames else 1
             elif extension in IMAGE_EXTENSIONS:
                 found += len(read_image(data, 1, 1)) if self.frames else 1
-            elif extension in (LATENTS, TEXT):
-                self._encoded(extension, data)
-                found += extension == LATENTS
+            elif extension == LATENTS:
+                self._read_encoded(record, data)
+                found += 1
             if self.audio and extension in (*VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS):
                 decode_all_audio(data)
         if not found:
@@ -65,13 +68,16 @@ class CheckClip:
         captions_of(members, self.captions, self.max_caption_chars)
         return found
 
-    @staticmethod
-    def _encoded(extension: str, data: bytes) -> None:
-        try:
-            Encoding.from_json(read_note(data)[0])
-            deserialize(data)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"its {extension} cannot be used: {error}") from error
+    def _read_encoded(self, record: ClipRecord, latents: bytes) -> None:
+        """Reads latents and states as training does."""
+        frames, height, width, fps = shape_of(record.shard, record.members)
+        if not frames:
+            raise ValueError("its json does not say of which shape its latents are")
+        encoding, shape = self.encoding or Encoding.from_json(read_note(latents)[0]), ClipShape(frames, height, width, fps)
+        reader = EncodedReader(encoding, encoding.captions or self.captions, self.max_caption_chars)
+        if reader.num_bytes(shape) > len(latents):  # before as much is made room for
+            raise ValueError(f"its json says {shape}, of which latents have more than its {len(latents)} bytes")
+        reader(Job(record, 0, shape), np.empty(reader.num_bytes(shape), np.uint8))
 
 
 def check_shards(
@@ -103,12 +109,21 @@ def check_shards(
     problems = clips.problems()
     for path, index in clips.indices():
         problems += [f"{path}: {problem}" for problem in _differences(path, index) if index.checked]
+    encoding = None
+    try:
+        encoding = one_encoding([(str(path), index.encoding) for path, index in clips.indices() if len(index)])
+    except ValueError as error:
+        problems.append(str(error))
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fetched = clips.columns()["fetched"]
     bad: dict[int, str] = {}
     for number, outcome in _checked(
-        clips, np.flatnonzero(fetched), CheckClip(tuple(captions), max_caption_chars, frames, audio), workers, timeout_seconds
+        clips,
+        np.flatnonzero(fetched),
+        CheckClip(tuple(captions), max_caption_chars, frames, audio, encoding),
+        workers,
+        timeout_seconds,
     ):
         if isinstance(outcome, Failure):
             bad[number] = outcome.reason

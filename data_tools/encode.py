@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import itertools
 import json
 import logging
 import os
@@ -10,10 +11,11 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from dit_video.data.encoding import BYTES, IMAGE, LATENTS, NOTHING, TEXT, Encodi
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import ShardFile, size_of
 from dit_video.data.index import build, save
+from dit_video.data.ledger import BadClip, Ledger
 from dit_video.data.loader import ClipLoader
 from dit_video.data.pool import DecodePool, Failure, Result
 from dit_video.data.reader import ClipReader, Job, ReadClip
@@ -39,12 +42,12 @@ from dit_video.model.pretrained_image import ImageEncoder
 from dit_video.model.text import TextEncoder
 from dit_video.model.wan import given_then_grey
 from dit_video.shapes import to_float
+from dit_video.trainer.launch import passed_on
 
 log = logging.getLogger(__name__)
 
 NOTE, SKIPPED = "encoding.json", "skipped.jsonl"
 RESERVED = ("num_frames", "height", "width", "fps", "start", "source")  # of a sample's json, which says what the clip is
-IN_A_ROW = 16  # clips that cannot be used, one after another, are no accident
 _RECORD = 512  # bytes that members of a tar are filled up to
 
 
@@ -52,6 +55,8 @@ def main(config: DictConfig) -> None:
     """Encodes the shards of a config into a folder, by one process or several."""
     check_whole(config, 1, "processes", "views")
     check_whole(config, 0, "data.num_workers")
+    if not str(config.out):
+        raise ValueError("out is empty; set out to a folder")
     if config.processes > 1:
         _start(config.processes)
         return
@@ -66,19 +71,17 @@ def main(config: DictConfig) -> None:
 def _start(processes: int) -> None:
     """The same command several times, each process on a device of its own where there are several."""
     words = [word for word in sys.argv[1:] if not word.startswith("processes=")]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dit_video.cli", *words, "processes=1"], env=os.environ | {"LOCAL_RANK": str(number)}
-        )
-        for number in range(processes)
-    ]
-    try:
-        failed = [process.wait() for process in started]
-    finally:
-        for process in started:
-            process.terminate()
-    if any(failed):
-        raise SystemExit(next(filter(None, failed)))
+    with passed_on() as started:
+        for number in range(processes):
+            program = [sys.executable, "-m", "dit_video.cli", *words, "processes=1"]
+            started.append(subprocess.Popen(program, env=os.environ | {"LOCAL_RANK": str(number)}))
+        try:
+            failed = [status for process in started if (status := process.wait())]
+        finally:
+            for process in started:
+                process.terminate()
+    if failed:
+        raise SystemExit(failed[0] if failed[0] > 0 else 128 - failed[0])
 
 
 @dataclass
@@ -99,7 +102,8 @@ class _Encoder:
         members[LATENTS] = to_safetensors(self._latents(video), note_of(self.encoding, clip.start))
         if self.image_encoder is not None:
             states = self.image_encoder(torch.from_numpy(video[:1]).to(self.device))[0]
-            members[IMAGE] = to_safetensors({"0/image.states": states.to("cpu", self.image_encoder.kept)}, note_of(self.encoding))
+            found = {"0/image.states": states.to("cpu", self.image_encoder.kept)}
+            members[IMAGE] = to_safetensors(_finite(found, "image_encoder.dtype=float32"), note_of(self.encoding))
         captions = {field.removeprefix("json."): caption for field, caption in clip.captions.items() if field.startswith("json.")}
         return members | {"json": json.dumps(vars(shape) | {"start": clip.start, **captions, "source": key}).encode()}
 
@@ -114,7 +118,7 @@ class _Encoder:
                 tensors[f"{name}.states"] = each.states.cpu().clone()  # two fields may say the same
                 if each.pooled is not None:
                     tensors[f"{name}.pooled"] = each.pooled.cpu().clone()
-        return to_safetensors(tensors, note_of(self.encoding))
+        return to_safetensors(_finite(tensors, "text.dtype=float32"), note_of(self.encoding))
 
     @torch.no_grad()
     def _latents(self, video: np.ndarray) -> dict[str, torch.Tensor]:
@@ -124,11 +128,20 @@ class _Encoder:
         clip = to_float(torch.from_numpy(video)[None]).to(self.device)
         mean, logvar = self.autoencoder.encode_distribution(clip)
         if self.encoding.logvar and logvar is None:
-            raise ValueError(f"{self.autoencoder.name} gives no variance; set logvar=false")
+            raise BadDataError(f"{self.autoencoder.name} gives no variance; set logvar=false")
         found = {"mean": mean, "logvar": logvar if self.encoding.logvar else None, "known": None}
         if self.encoding.known:
             found["known"] = self.autoencoder.encode(given_then_grey(clip[:, :1], clip.shape[1]))
-        return {name: tensor[0].to("cpu", dtype).contiguous() for name, tensor in found.items() if tensor is not None}
+        kept = {name: tensor[0].to("cpu", dtype).contiguous() for name, tensor in found.items() if tensor is not None}
+        return _finite(kept, "dtype=bfloat16, or autoencoder.dtype=float32")
+
+
+def _finite(tensors: dict[str, torch.Tensor], key: str) -> dict[str, torch.Tensor]:
+    """Tensors as they were given; ValueError where a number is not finite."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"what was made of it is not finite in {str(tensor.dtype).rpartition('.')[2]}: {name}; set {key}")
+    return tensors
 
 
 def encode_shards(
@@ -148,7 +161,8 @@ def encode_shards(
     Each clip is made into the shape of its bucket; of a source that lasts longer, `views` clips are taken, evenly spread. With `known` the
     latents of a clip's first frame with grey after it lie beside its own, with an image encoder what it says of that frame. Any number of
     processes, on any machines that share the folder, may be started alike: each takes shards that no other has. One that was cut off goes
-    on after the last whole sample. What cannot be read is listed in skipped.jsonl. ValueError where the folder was made otherwise.
+    on after the last whole sample. What cannot be read, or made into finite numbers, is listed in skipped.jsonl, and more of it than
+    the source's max_bad_fraction is a BadDataError. ValueError where the folder was made otherwise.
     """
     if logvar and isinstance(autoencoder, Pixels):
         raise ValueError("pixels have no variance; set logvar=false, or autoencoder")
@@ -174,7 +188,9 @@ def encode_shards(
         autoencoder.name, autoencoder.compression, autoencoder.channels, "uint8" if isinstance(autoencoder, Pixels) else dtype,
         logvar, known, None if text is None else text.name,
         f"{source.reader.decoder}, {'from the beginning' if views == 1 else f'{views} views'}, {', '.join(map(str, source.shapes))}",
-        *(() if image_encoder is None else (image_encoder.name, (image_encoder.tokens, image_encoder.dim))),
+        None if image_encoder is None else image_encoder.name,
+        (0, 0) if image_encoder is None else (image_encoder.tokens, image_encoder.dim),
+        () if text is None else _widths(text), tuple(sorted(source.fields)),
     )  # fmt: skip
     names = [_name(shard) for shard in source.clips.shards]
     if len({*names}) < len(names):
@@ -187,7 +203,9 @@ def encode_shards(
     encoder = _Encoder(encoding, autoencoder, text, image_encoder, _device(device))
     if text is not None:
         initialise(text, 0)  # its learned null caption, which is not written
+        text.to(encoder.device)
         _write(out / NOTHING, encoder.states({"nothing": ""}))
+    ledger = Ledger(source.num_clips, source.ledger.max_bad_fraction, out / SKIPPED, shuffled=False)
     console = Console(stderr=True)
     written = skipped = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -196,7 +214,7 @@ def encode_shards(
             with _taken(out / name) as file:
                 if file is None:
                     continue
-                for whole in _encode_shard(file, out / name, source, number, encoder, views):
+                for whole in _encode_shard(file, out / name, source, number, encoder, views, ledger):
                     written, skipped = written + whole, skipped + (not whole)
                     progress.advance(task)
                 _finish(file, out / name)
@@ -214,43 +232,59 @@ def _name(shard: ShardFile) -> str:
     return shard.name if shard.name.endswith(".tar") else f"{shard.name}.tar"
 
 
-def _device(device: str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+def _widths(text: TextEncoder) -> tuple[tuple[int, int], ...]:
+    """Of the states and the pooled vector that each encoder gives a caption."""
+    first = text.imagined(1)
+    return tuple((each.states.shape[1], 0 if each.pooled is None else len(each.pooled)) for each in (first, *first.others))
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name; of several GPUs, each process of a machine has its own."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(torch.cuda.device_count(), 1))
 
 
 def _claim(out: Path, encoding: Encoding, source: ClipLoader) -> None:
     """Makes the folder this encoding's, or ValueError where it is another's: of other encoders, captions, clips or sources."""
     note = out / NOTE
-    shards = {_name(shard): size_of(shard) for shard in source.clips.shards}
-    about = {"encoding": encoding.to_json(), "captions": sorted(source.fields), "clips": source.num_clips, "shards": shards}
-    if note.is_file() and any(out.glob("*.tar*")):
+    shards = {}  # their bytes, and how many of their clips are wanted
+    for shard, (start, end) in zip(source.clips.shards, itertools.pairwise(source.clips.starts.tolist()), strict=True):
+        shards[_name(shard)] = [size_of(shard), int((source.report.bucket[start:end] >= 0).sum())]
+    about = {"encoding": encoding.to_json(), "captions": list(encoding.captions), "shards": shards}
+    begun = out.exists() and any(out.glob("*.tar*"))
+    if note.is_file() and begun:
         try:
             before = json.loads(note.read_text())
-            before["encoding"] = Encoding.from_json(before["encoding"]).to_json()  # which may be older than a key of it
-            changed = [f"{key} {before[key]}, now {about[key]}" for key in ("encoding", "captions") if before[key] != about[key]]
-            changed += [
-                f"{name} of {before['shards'][name]} bytes, now {size}"
-                for name, size in shards.items() if before["shards"].get(name, size) != size
-            ]  # fmt: skip
-            if before["shards"].keys() == shards.keys() and before["clips"] != about["clips"]:
-                changed.append(f"clips {before['clips']}, now {about['clips']}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            then = Encoding.from_json(before["encoding"])
+            changed = []
+            if (then.essence, then.clips) != (encoding.essence, encoding.clips):
+                changed.append(f"encoding {then.to_json()}, now {encoding.to_json()}")
+            if before["captions"] != about["captions"]:
+                changed.append(f"captions {before['captions']}, now {about['captions']}")
+            for name, (size, clips) in shards.items():
+                known = before["shards"].get(name, [size, clips])
+                size_then, clips_then = known if isinstance(known, list) else (known, clips)  # a number in older notes
+                if size_then != size:
+                    changed.append(f"{name} of {size_then} bytes, now {size}")
+                elif clips_then != clips:
+                    changed.append(f"{clips_then} clips of {name}, now {clips}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{note} cannot be read: {error!r}; set out to another folder") from error
         if changed:
-            raise ValueError(f"{out} was encoded otherwise: {'; '.join(changed)}; set out to another folder, or remove this one")
+            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+            told = "; ".join(changed[:5])
+            raise ValueError(f"{out} was encoded otherwise: {told}{more}; set out to another folder, or remove this one")
         about["shards"] = before["shards"] | shards
-    elif out.exists() and any(out.glob("*.tar")):
-        raise ValueError(f"{out} holds shards that this tool did not write; set out to another folder")
+    elif begun:
+        raise ValueError(f"{out} holds shards, and no {NOTE} that says what made them; set out to another folder")
     out.mkdir(parents=True, exist_ok=True)
     _write(note, (json.dumps(about, indent=1) + "\n").encode())
 
 
 def _write(path: Path, data: bytes) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft = path.with_name(f"{path.name}.{uuid4().hex}")
     draft.write_bytes(data)
     os.replace(draft, path)
 
@@ -284,14 +318,15 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def _encode_shard(file: BinaryIO, path: Path, source: ClipLoader, number: int, encoder: _Encoder, views: int) -> Iterator[bool]:
+def _encode_shard(
+    file: BinaryIO, path: Path, source: ClipLoader, number: int, encoder: _Encoder, views: int, ledger: Ledger
+) -> Iterator[bool]:
     """Appends the samples that a shard still lacks; says of each whether it could be used."""
-    done, end = _whole_samples(path)
+    done, end = _whole_samples(path, encoder.encoding)
     jobs = [(key, job) for key, job in _jobs(source, number, views) if key not in done]
     twice = [key for key, times in Counter(key for key, _ in jobs).items() if times > 1 or key in done]
     if twice:
         raise ValueError(f"two clips of {path.name} would be called {twice[0]}; rename one, or set views=1")
-    ledger, row = Skipped(path.with_name(SKIPPED)), 0
     file.seek(end)
     file.truncate()
     reader = source.reader
@@ -302,27 +337,37 @@ def _encode_shard(file: BinaryIO, path: Path, source: ClipLoader, number: int, e
     )  # fmt: skip
     # webdataset's writer cannot go on in a file that was cut off
     with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for (key, job), outcome in zip(jobs, pool.map(job for _, job in jobs), strict=True):
-            name = f"{path.name}:{key}"
-            if isinstance(outcome, Failure):
-                ledger.add(name, outcome.reason)
-                row += 1
-                if row >= IN_A_ROW:
-                    raise BadDataError(
-                        f"{row} clips in a row cannot be used, the last is {name}: {outcome.reason}; see {ledger.path}"
-                    )
-                yield False
-                continue
-            row = 0
-            assert isinstance(outcome, Result) and outcome.value is not None
-            video, _ = reader.layout(job.shape, outcome.pixels)
-            for extension, data in encoder.sample(name, outcome.value, job.shape, video).items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size, info.mode = len(data), 0o444
-                tar.addfile(info, io.BytesIO(data))
-            tar.members.clear()  # type: ignore[attr-defined]
-            file.flush()
-            yield True
+        outcomes = zip(jobs, pool.map(job for _, job in jobs), strict=True)
+        for _, views_of_one in itertools.groupby(outcomes, lambda each: each[0][1].slot):
+            bad = None
+            for (key, job), outcome in views_of_one:
+                made = _made(encoder, reader, f"{path.name}:{key}", job, outcome)
+                if isinstance(made, str):
+                    bad = BadClip(job.record, made)
+                else:
+                    for extension, data in made.items():
+                        info = tarfile.TarInfo(f"{key}.{extension}")
+                        info.size, info.mode = len(data), 0o444
+                        tar.addfile(info, io.BytesIO(data))
+                    tar.members.clear()  # type: ignore[attr-defined]
+                    file.flush()
+                yield not isinstance(made, str)
+            ledger.account(bad)
+
+
+def _made(
+    encoder: _Encoder, reader: ClipReader, name: str, job: Job, outcome: Result[Job | None, ReadClip | None] | Failure
+) -> dict[str, bytes] | str:
+    """The members of a sample, or why there is none."""
+    if isinstance(outcome, Failure):
+        return outcome.reason
+    assert outcome.value is not None
+    try:
+        return encoder.sample(name, outcome.value, job.shape, reader.layout(job.shape, outcome.pixels)[0])
+    except BadDataError:  # not the clip's fault
+        raise
+    except ValueError as error:
+        return str(error)
 
 
 def _jobs(source: ClipLoader, number: int, views: int) -> Iterator[tuple[str, Job]]:
@@ -341,10 +386,10 @@ def _jobs(source: ClipLoader, number: int, views: int) -> Iterator[tuple[str, Jo
             yield key, Job(record, clip, shape, start=view / (count - 1) if count > 1 else 0.0)
 
 
-def _whole_samples(path: Path) -> tuple[set[str], int]:
+def _whole_samples(path: Path, encoding: Encoding) -> tuple[set[str], int]:
     """The keys of a shard's samples that are whole in a file that may have been cut off, and where the last of them ends.
 
-    The last ones are read too: after a loss of power a file may be as long as it was, and hold zeros.
+    All are read, up to the first that is not whole: after a loss of power a file may be as long as it was, and hold zeros anywhere.
     """
     partial = _partial(path)
     if not partial.stat().st_size:
@@ -356,48 +401,32 @@ def _whole_samples(path: Path) -> tuple[set[str], int]:
     samples: dict[str, dict[str, Member]] = {}
     for key, extension, member in members:
         samples.setdefault(key, {})[extension] = member
-    whole = {key: found for key, found in samples.items() if "json" in found and LATENTS in found}
-    while whole and not _readable(partial, next(reversed(whole.values()))):
-        whole.popitem()
-    end = max((found["json"].offset + found["json"].size for found in whole.values()), default=0)
-    return set(whole), -(-end // _RECORD) * _RECORD
+    whole, end = set(), 0
+    for key, found in samples.items():
+        if "json" not in found or LATENTS not in found or not _readable(partial, found, encoding):
+            break
+        whole.add(key)
+        end = found["json"].offset + found["json"].size
+    return whole, -(-end // _RECORD) * _RECORD
 
 
-def _readable(partial: Path, members: Mapping[str, Member]) -> bool:
+def _readable(partial: Path, members: Mapping[str, Member], encoding: Encoding) -> bool:
     try:
         with partial.open("rb") as file:
             for extension, member in members.items():
                 file.seek(member.offset)
                 data = file.read(member.size)
                 if extension in (LATENTS, TEXT, IMAGE):
-                    read_note(data)
+                    if Encoding.from_json(read_note(data)[0]).essence != encoding.essence:
+                        return False
                     deserialize(data)
                 elif extension == "json":
                     json.loads(data)
+                elif not data.strip(b"\0"):
+                    return False
         return True
     except (ValueError, SafetensorError):
         return False
-
-
-class Skipped:
-    """A file with a line for each clip that could not be used; one that is tried again has one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def add(self, key: str, reason: str) -> None:
-        """Appends a line in one piece, whichever process does."""
-        if key not in self.known():
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "reason": reason}) + "\n")
-
-    def known(self) -> set[str]:
-        """The keys of all lines that can be read."""
-        keys = set()
-        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
-            with suppress(ValueError, KeyError, TypeError):
-                keys.add(json.loads(line)["key"])
-        return keys
 
 
 def _finish(file: BinaryIO, path: Path) -> None:

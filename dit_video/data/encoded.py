@@ -22,6 +22,7 @@ from dit_video.data.reader import Job, RawStates, ReadClip, caption_members, cap
 from dit_video.data.shards import read_members
 
 _DTYPES = {"U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # as safetensors calls them
+_EXPONENTS = {"float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80), "float32": ("<u4", 0x7F800000)}  # all set where not finite
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class EncodedReader:
                 raise ValueError(
                     f"its latents are {told} where {self.encoding.dtype} of {size[1:]} is expected for {shape}: {name}"
                 )
+            if not _is_finite(found["data"], self.encoding.dtype):
+                raise ValueError(f"its latents are not finite: {name}")
             begin, end = end, end + len(found["data"])
             out[begin:end] = np.frombuffer(found["data"], np.uint8)
 
@@ -92,25 +95,44 @@ class EncodedReader:
         """The states that a file holds of captions, by field."""
         tensors = self._tensors(data, "states")
         states = {}
+        sizes = self.encoding.text_sizes
         for field in captions:
             first, *others = (self._raw(tensors, name) for name in _names(tensors, field))
             states[field] = replace(first, others=tuple(others))
+            found = tuple(_widths(each) for each in (first, *others))
+            if sizes and found != sizes:
+                raise ValueError(f"states and pooled vectors of its caption {field} are of widths {found}, {sizes} are expected")
         return states
 
     def _image(self, data: bytes) -> RawStates:
-        found = self.states_in(data, ["image"])["image"]
+        found = self._raw(self._tensors(data, "states"), "0/image")
         if found.shape != self.encoding.image_size:
             raise ValueError(f"its first frame has states {found.shape}, {self.encoding.image_size} are expected")
         return found
 
     def _raw(self, tensors: Mapping[str, Any], name: str) -> RawStates:
         found, pooled = tensors.get(f"{name}.states"), tensors.get(f"{name}.pooled")
-        if found is None or len(found["shape"]) != 2 or _DTYPES.get(found["dtype"]) is None:
+        kind = "" if found is None else _DTYPES.get(found["dtype"], "")
+        if found is None or kind not in _EXPONENTS or len(found["shape"]) != 2 or 0 in found["shape"]:
             raise ValueError(f"it has no states of its caption {name}")
-        if pooled is not None and pooled["dtype"] != found["dtype"]:
+        if pooled is not None and (pooled["dtype"] != found["dtype"] or len(pooled["shape"]) != 1):
             raise ValueError(f"states and pooled vector of its caption {name} are of two kinds")
-        kind, shape = _DTYPES[found["dtype"]], tuple(found["shape"])
-        return RawStates(kind, shape, bytes(found["data"]), None if pooled is None else bytes(pooled["data"]))
+        if not all(_is_finite(each["data"], kind) for each in (found, pooled) if each is not None):
+            raise ValueError(f"the states of its caption {name} are not finite")
+        return RawStates(kind, tuple(found["shape"]), bytes(found["data"]), None if pooled is None else bytes(pooled["data"]))
+
+
+def _widths(states: RawStates) -> tuple[int, int]:
+    """Of states, and of the pooled vector beside them; 0 where there is none."""
+    return states.shape[1], len(states.pooled or b"") // BYTES[states.dtype]
+
+
+def _is_finite(data: bytes, dtype: str) -> bool:
+    """Whether all numbers are, of which the bytes are stored."""
+    if dtype not in _EXPONENTS:
+        return True
+    word, exponent = _EXPONENTS[dtype]
+    return bool(((np.frombuffer(data, word) & exponent) != exponent).all())
 
 
 def _names(tensors: Mapping[str, Any], field: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ NOTHING = "nothing.safetensors"
 BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 MAX_HEADER_BYTES = 2**20
 MAX_SIZE = 2**16  # of a note's sizes, by which memory is made
+BESIDE = ("clips", "text_sizes", "captions")  # what a note says beside who made the latents and states
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Encoding:
     clips: str  # how clips were cut from their sources, in words
     image: str | None = None  # encoder and fingerprint of the first frames' states; none: there are none
     image_size: tuple[int, int] = (0, 0)  # how many states a frame has, and their width
+    text_sizes: tuple[
+        tuple[int, int], ...
+    ] = ()  # widths of the states and of the pooled vector of each text encoder; none: not told
+    captions: tuple[str, ...] = ()  # fields of the captions that lie with the clips; none: not told
 
     def to_json(self) -> str:
         """One line that is the same for equal encodings."""
@@ -36,21 +41,28 @@ class Encoding:
     @property
     def essence(self) -> str:
         """The same for encodings whose latents and states may be mixed, whatever clips were cut from."""
-        return json.dumps({key: value for key, value in asdict(self).items() if key != "clips"}, sort_keys=True)
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in BESIDE}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Encoding":
         """Undoes to_json; ValueError where it is no encoding."""
         try:
             found = json.loads(text)
-            made = cls(**found | {name: tuple(found[name]) for name in ("compression", "image_size") if name in found})
-            sizes = (*made.compression, made.channels, *(made.image_size if made.image else (1, 1)))
+            found |= {name: tuple(found[name]) for name in ("compression", "image_size", "captions") if name in found}
+            made = cls(**found | {"text_sizes": tuple((width, pooled) for width, pooled in found.get("text_sizes", ()))})
+            sizes = [*made.compression, made.channels, *(made.image_size if made.image else ())]
+            sizes += [size for width, pooled in made.text_sizes for size in (width, pooled or 1)]
             lengths = (len(made.compression), len(made.image_size))
             whole = all(isinstance(size, int) and 0 < size <= MAX_SIZE for size in sizes)
-            if made.dtype not in BYTES or lengths != (3, 2) or not whole:
+            if (
+                made.dtype not in BYTES
+                or lengths != (3, 2)
+                or not whole
+                or not all(isinstance(each, str) for each in made.captions)
+            ):
                 raise ValueError(f"it is {made}")
             return made
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"the note of what made these latents cannot be read ({error})") from error
 
     @property
@@ -88,7 +100,12 @@ def encoding_of(first_bytes: bytes) -> str:
 
 def one_encoding(found: Sequence[tuple[str, str]]) -> Encoding | None:
     """The encoding of shards, given by name, of which none, or all alike, have any; ValueError naming two that differ."""
-    different = {Encoding.from_json(note).essence if note else "": (note, name) for name, note in reversed(found)}
+    different: dict[str, tuple[str, str]] = {}
+    for name, note in reversed(found):
+        try:
+            different[Encoding.from_json(note).essence if note else ""] = (note, name)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if len(different) > 1:
         (one, first), (other, second) = sorted(different.values(), key=lambda each: each[1])[:2]
         raise ValueError(f"{first} and {second} were not made alike: {differences(one, other)}")
@@ -101,4 +118,4 @@ def differences(one: str, other: str) -> str:
     a, b = (asdict(Encoding.from_json(note)) if note else {} for note in (one, other))
     if not a or not b:
         return "one holds latents, the other does not"
-    return "; ".join(f"{key} {a[key]} and {b[key]}" for key in a if a[key] != b[key] and key != "clips")
+    return "; ".join(f"{key} {a[key]} and {b[key]}" for key in a if a[key] != b[key] and key not in BESIDE)

@@ -140,8 +140,8 @@ def table(
             f"{shard}: its members have {len(extensions)} different extensions, 256 at the most (a key ends at the first dot of "
             f"a name: {extensions[0]!r} is one); change the names, or data.shards"
         )
-    encoded = next((members[LATENTS] for members in samples.values() if LATENTS in members), None)
-    look = look or encoded is not None  # latents have shapes that nobody can choose later
+    encoded = [members[LATENTS] for members in samples.values() if LATENTS in members]
+    look = look or bool(encoded)  # latents have shapes that nobody can choose later
     shapes = np.array([shape_of(shard, members) if look else (0, 0, 0, 0.0) for members in samples.values()], np.float64)
     shapes = shapes.reshape(-1, 4)
     rows = [(extensions.index(extension), member) for members in samples.values() for extension, member in members.items()]
@@ -161,18 +161,22 @@ def table(
         member_checksum=np.array([NO_CHECKSUM if m.checksum is None else m.checksum for _, m in rows], np.int64),
         shard_bytes=size_of(shard),
         shard_version=version_of(shard),
-        encoding="" if encoded is None else _encoding(shard, encoded),
+        encoding=_encoding(shard, encoded) if encoded else "",
         looked=look,
         problems=problems,
     )
 
 
-def _encoding(shard: ShardFile, latents: Member) -> str:
-    try:
-        (first,) = read_ranges(shard, [(latents.offset, min(latents.size, MAX_NOTE_BYTES))])
-        return encoding_of(first)
-    except ValueError as error:
-        raise BadDataError(f"{shard}: {error}; encode it anew, or change data.shards") from error
+def _encoding(shard: ShardFile, encoded: Sequence[Member]) -> str:
+    """The note of the first latents that can be read; BadDataError where none can."""
+    why: ValueError | None = None
+    for latents in encoded:
+        try:
+            (first,) = read_ranges(shard, [(latents.offset, min(latents.size, MAX_NOTE_BYTES))])
+            return encoding_of(first)
+        except ValueError as error:
+            why = why or error
+    raise BadDataError(f"{shard}: {why}; encode it anew, or change data.shards") from why
 
 
 def shape_of(shard: ShardFile, members: Mapping[str, Member]) -> tuple[int, int, int, float]:

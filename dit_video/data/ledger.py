@@ -28,10 +28,13 @@ class BadClip:
 
 
 class Ledger:
-    """Writes one JSON line a bad clip (key, shard, offset, reason), and raises BadDataError when there are too many of them."""
+    """Writes one JSON line a bad clip (key, shard, offset, reason), and raises BadDataError when there are too many of them.
 
-    def __init__(self, num_clips: int, max_bad_fraction: float, path: Path | None) -> None:
-        self.num_clips, self.max_bad_fraction, self.path = num_clips, max_bad_fraction, path
+    In a stream that is shuffled so are many in a row, whatever share is allowed; read in order, the bad clips of a shard may be neighbours.
+    """
+
+    def __init__(self, num_clips: int, max_bad_fraction: float, path: Path | None, shuffled: bool = True) -> None:
+        self.num_clips, self.max_bad_fraction, self.path, self.shuffled = num_clips, max_bad_fraction, path, shuffled
         self.window: deque[tuple[str, str] | None] = deque(maxlen=BAD_WINDOW)
         self.seen = self.in_a_row = 0
         self.bad: set[tuple[str, str]] = set()  # since the start of this program
@@ -46,7 +49,7 @@ class Ledger:
         self._write(bad)
         self.bad.add((str(bad.record.shard), bad.record.key))
         count, seen = self._too_many()
-        if self.in_a_row >= BAD_IN_A_ROW or seen:
+        if (self.shuffled and self.in_a_row >= BAD_IN_A_ROW) or seen:
             count, seen = (count, seen) if seen else (self.in_a_row, self.in_a_row)
             raise BadDataError(
                 f"{bad.record.shard}: {count} of the last {seen} clips are bad ({self.in_a_row} in a row); the last is "

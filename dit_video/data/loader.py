@@ -19,7 +19,7 @@ from dit_video.data.audio import AudioFormat
 from dit_video.data.buckets import LEFT_OUT, NO_SHAPE, NOT_FETCHED, TOO_SHORT, ClipShape, assign, level
 from dit_video.data.decode import DECODERS, Decoder, why_no_torchcodec
 from dit_video.data.encoded import EncodedReader
-from dit_video.data.encoding import IMAGE, LATENTS, NOTHING, one_encoding
+from dit_video.data.encoding import IMAGE, LATENTS, NOTHING, Encoding, one_encoding
 from dit_video.data.errors import BadDataError
 from dit_video.data.files import exists, expand_shards, open_file
 from dit_video.data.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Clips
@@ -167,6 +167,8 @@ class ClipLoader:
             self.encoding = one_encoding([(str(shard), index.encoding) for shard, index in self.clips.indices() if len(index)])
         except ValueError as error:
             raise BadDataError(f"{error}; set data.shards to shards that were made alike") from error
+        if self.encoding is not None:
+            self._check_captions()
         if self.encoding is not None and self.audio is not None:
             raise ValueError("shards of latents hold no sound; set data.audio_rate=null, or data.shards to videos")
         self.reader: ClipReader | EncodedReader = (
@@ -229,8 +231,11 @@ class ClipLoader:
         path = self.clips.shards[0].with_name(NOTHING)
         if not isinstance(self.reader, EncodedReader) or not self.reader.with_states or not exists(path):
             return None
-        with open_file(path) as file:
-            return self._states(self.reader.states_in(file.read(), ["nothing"]))["nothing"]
+        try:
+            with open_file(path) as file:
+                return self._states(self.reader.states_in(file.read(), ["nothing"]))["nothing"]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; write it anew with `dit-video data encode`, or bring it back") from error
 
     def write_report(self, path: Path) -> None:
         """What the data is, as JSON; a run that goes on compares its fingerprint. Other ranks may be reading it, so it appears whole."""
@@ -264,6 +269,19 @@ class ClipLoader:
             raise ValueError(
                 f"{self.clips.record(int(first)).name} was encoded as {found}, and is to be trained on as "
                 f"{' or '.join(map(str, self.shapes))}; set data.buckets, or data.num_frames, height, width and fps, to what was encoded"
+            )
+
+    def _check_captions(self) -> None:
+        """ValueError for a field that no shard was encoded with, and that would not be missed."""
+        told = [
+            Encoding.from_json(note).captions for note in {index.encoding for _, index in self.clips.indices() if index.encoding}
+        ]
+        known = {name for each in told for name in each}
+        lacking = [name for name in self.fields if name not in known]
+        if lacking and all(told):
+            raise ValueError(
+                f"{self.clips.shards[0]} was encoded with the captions {', '.join(sorted(known))}, and without {lacking[0]}; set "
+                "data.captions, or encode it again with all of them"
             )
 
     def _check_members(self, caption_ext: str | None) -> None:

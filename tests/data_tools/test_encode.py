@@ -21,6 +21,7 @@ from dit_video.data.errors import BadDataError
 from dit_video.data.index import index_of, write_index
 from dit_video.data.loader import ClipLoader
 from dit_video.data.shards import read_member, write_shard
+from dit_video.data_tools.check import check_shards
 from dit_video.data_tools.encode import encode_shards
 from dit_video.data_tools.random_autoencoder import write_random_autoencoder
 from dit_video.model.autoencoders import Pixels
@@ -130,6 +131,52 @@ def test_what_was_cut_off_goes_on_without_doing_anything_twice(
     monkeypatch.setattr(wan, "encode_distribution", lambda video: seen.append(video) or real(video))
     encode_shards(out, loader_of(world_shards), wan, minilm, "float32", logvar=True)
     assert files_of(out) == wanted and 32 - there <= len(seen) <= 33 - there
+
+
+@pytest.mark.parametrize("extension", ["latents.safetensors", "text.safetensors", "txt", "json"])
+def test_what_lost_power_is_encoded_again_from_the_first_sample_that_is_not_whole(
+    extension: str, world_shards: Path, encoded: Path, wan: DiffusersAutoencoder, minilm: PretrainedText, tmp_path: Path
+) -> None:
+    wanted, out = files_of(encoded), tmp_path / "shards"
+    record = loader_of(encoded).clips.record(5)
+    member, data = record.members[extension], bytearray(wanted["00000.tar"])
+    data[member.offset : member.offset + member.size] = bytes(member.size)
+    out.mkdir()
+    (out / "encoding.json").write_bytes(wanted["encoding.json"])
+    (out / "00000.tar.partial").write_bytes(data)
+    encode_shards(out, loader_of(world_shards), wan, minilm, "float32", logvar=True)
+    assert files_of(out) == wanted
+
+
+def test_a_shard_begun_by_who_knows_what_is_not_gone_on_with(world_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "00000.tar.partial").write_bytes(b"begun")
+    with pytest.raises(ValueError, match="holds shards, and no encoding.json"):
+        encode_shards(tmp_path, loader_of(world_shards), Pixels())
+
+
+def test_captions_are_encoded_on_the_device_that_clips_are(
+    world_shards: Path, minilm: PretrainedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a device without memory, as a GPU may not be here."""
+    asked: list[torch.device] = []
+    text = PretrainedText(minilm.folder, dim=384, pooled_dim=384, pooled="mean", max_tokens=128, no_caption="encoded")
+    monkeypatch.setattr(text.pretrained, "on", lambda device: asked.append(device) or minilm.pretrained.on("cpu"))
+    encode_shards(tmp_path / "out", loader_of(world_shards, max_clips=2), Pixels(), text, device="meta")
+    assert {device.type for device in asked} == {"meta"}
+
+
+@pytest.mark.slow
+def test_several_processes_that_are_told_to_stop_leave_nobody_behind(world_shards: Path, tmp_path: Path) -> None:
+    words = ["data", "encode", f"data.shards={world_shards}/*.tar", f"out={tmp_path}/out", "text=minilm", "processes=2"]
+    started = subprocess.Popen([sys.executable, "-m", "dit_video.cli", *words], start_new_session=True)
+    group, deadline = f"{started.pid}", time.monotonic() + 120
+    while len(subprocess.run(["pgrep", "-g", group], capture_output=True).stdout.split()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.terminate()
+    assert started.wait(60) in (143, 0)
+    while subprocess.run(["pgrep", "-g", group], capture_output=True).stdout and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not subprocess.run(["pgrep", "-g", group], capture_output=True).stdout
 
 
 @pytest.mark.slow
@@ -314,7 +361,7 @@ def test_what_a_folder_was_made_of_may_not_change_under_it(world_shards: Path, w
     encode_shards(tmp_path / "out", loader_of([str(shard)]), Pixels())
     with pytest.raises(ValueError, match="was encoded otherwise: captions"):
         encode_shards(tmp_path / "out", loader_of([str(shard)], captions={"json.short": 1.0}), Pixels())
-    with pytest.raises(ValueError, match="was encoded otherwise: clips 3, now 1"):
+    with pytest.raises(ValueError, match="was encoded otherwise: 3 clips of 0.tar, now 1"):
         encode_shards(tmp_path / "out", loader_of([str(shard)], max_clips=1), Pixels())
     other = shard_of(tmp_path / "other", "0.tar", ("k0", clip))
     with pytest.raises(ValueError, match="0.tar of .* bytes, now"):
@@ -366,10 +413,93 @@ def test_broken_clips_are_listed_and_too_many_stop_it(world_shards: Path, tmp_pa
     (tmp_path / "out" / "skipped.jsonl").write_text('{"key": "half a li\n')
     encode_shards(tmp_path / "out", loader_of([str(shard)]), Pixels())
     assert loader_of(tmp_path / "out").num_clips == 2
-    assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()[1])["key"] == "0.tar:b"
-    shard = shard_of(tmp_path / "in", "1.tar", *((f"b{number:02d}", broken) for number in range(20)))
-    with pytest.raises(BadDataError, match="16 clips in a row"):
+    line = json.loads((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()[1])
+    assert line["key"] == "b" and line["shard"].endswith("in/0.tar") and "no caption" not in line["reason"]
+    shard = shard_of(tmp_path / "in", "1.tar", *((f"b{number:02d}", broken) for number in range(20)), ("c", clip))
+    with pytest.raises(BadDataError, match="5 of the last 5 clips are bad.*data.max_bad_fraction=0.01"):
         encode_shards(tmp_path / "all", loader_of([str(shard)]), Pixels())
+    encode_shards(tmp_path / "all", loader_of([str(shard)], max_bad_fraction=1), Pixels())  # and there is a way past them
+    assert loader_of(tmp_path / "all").num_clips == 1
+
+
+def test_a_clip_of_which_nothing_finite_is_made_is_left_out(
+    world_shards: Path, random_wan: Path, minilm: PretrainedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wan = DiffusersAutoencoder(folder=str(random_wan), **WAN)
+    real, calls = wan.encode_distribution, iter(range(100))
+
+    def sometimes_large(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mean, logvar = real(video)
+        return mean + (1e5 if next(calls) == 2 else 0), logvar  # more than float16 holds
+
+    monkeypatch.setattr(wan, "encode_distribution", sometimes_large)
+    shard = shard_of(tmp_path / "in", "0.tar", *((f"k{number}", clip_of(world_shards)) for number in range(4)))
+    encode_shards(tmp_path / "out", loader_of([str(shard)]), wan, minilm, "float16")
+    (line,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
+    assert line["key"] == "k2" and "not finite in float16: mean; set dtype=bfloat16" in line["reason"]
+    assert loader_of(tmp_path / "out").num_clips == 3
+
+
+def damaged(members: dict[str, Any], what: str) -> dict[str, Any]:
+    """A sample of latents and states of which one thing is not as its note says."""
+    tensors = {name: load(members[f"{name}.safetensors"]) for name in ("latents", "text")}
+    states = tensors["text"]["0/txt.states"]
+    changed = {
+        "no states": ("text", {"0/txt.states": states[:0]}),
+        "narrow states": ("text", {"0/txt.states": states[:, :100].contiguous()}),
+        "short pooled": ("text", {"0/txt.pooled": states[0, :7].clone()}),
+        "pooled of two dimensions": ("text", {"0/txt.pooled": states[:1].clone()}),
+        "states of bytes": ("text", {"0/txt.states": states.to(torch.uint8), "0/txt.pooled": states[0].to(torch.uint8)}),
+        "states of no number": ("text", {"0/txt.states": states * float("nan")}),
+        "latents of no number": ("latents", {"mean": tensors["latents"]["mean"] / 0}),
+        "another shape": ("latents", {"mean": tensors["latents"]["mean"][:2].contiguous()}),
+    }
+    if what == "no text":
+        return {name: data for name, data in members.items() if name != "text.safetensors"}
+    file, news = changed[what]
+    note = {"about": json.loads(header_of(members[f"{file}.safetensors"]))["__metadata__"]["about"]}
+    return members | {f"{file}.safetensors": save(tensors[file] | news, note)}
+
+
+def header_of(data: bytes) -> bytes:
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no states", "narrow states", "short pooled", "pooled of two dimensions", "states of bytes", "states of no number",
+        "latents of no number", "another shape", "no text",
+    ],
+)  # fmt: skip
+def test_a_damaged_sample_is_left_out_and_the_check_finds_it(what: str, encoded: Path, tmp_path: Path, capsys: Any) -> None:
+    loader = loader_of(encoded)
+    records = [loader.clips.record(number) for number in range(8)]
+    samples = [{"__key__": each.key} | {name: read_member(each, name) for name in each.members} for each in records]
+    samples[3] = {"__key__": samples[3]["__key__"]} | damaged({k: v for k, v in samples[3].items() if k != "__key__"}, what)
+    write_shard(tmp_path / "0.tar", samples)
+    write_index(tmp_path / "0.tar")
+    ledger = tmp_path / "skipped.jsonl"
+    batch = next(loader_of(tmp_path, max_bad_fraction=0.5, skipped_path=ledger).batches())
+    assert sorted(batch.weights.tolist()) == [0] + [1] * 7 and bool(batch.latents.isfinite().all())  # type: ignore[union-attr]
+    assert json.loads(ledger.read_text())["key"] == samples[3]["__key__"]
+    with pytest.raises(BadDataError, match="1 of 8 clips are bad"):
+        check_shards(str(tmp_path / "0.tar"), workers=0)
+    assert f"bad: 0.tar:{samples[3]['__key__']}" in capsys.readouterr().out
+
+
+def test_a_shard_without_an_index_is_what_its_first_sound_sample_says(encoded: Path, tmp_path: Path) -> None:
+    data = bytearray((encoded / "00000.tar").read_bytes())
+    place = min(loader_of(encoded).clips.record(number).members["latents.safetensors"].offset for number in range(32))
+    data[place : place + 64] = bytes(64)
+    (tmp_path / "0.tar").write_bytes(data)
+    loader = loader_of(tmp_path, max_bad_fraction=0.5)
+    assert loader.num_clips == 32 and sum(float(batch.weights.sum()) for batch in first(loader, 4)) == 31
+
+
+def test_captions_that_were_not_encoded_are_not_missed_in_silence(encoded: Path) -> None:
+    with pytest.raises(ValueError, match="encoded with the captions txt, and without json.short; set data.captions"):
+        loader_of(encoded, captions={"txt": 0.5, "json.short": 0.5})
 
 
 def test_films_and_photos_that_were_encoded_apart_are_mixed(
