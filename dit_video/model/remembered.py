@@ -52,6 +52,7 @@ class Remembered:
     ) -> None:
         self._encode, self._fingerprint, self.memory_bytes = encode, fingerprint, memory_bytes
         self.folder = None if folder is None else Path(folder)
+        self.writes = True  # until the folder takes no more
         self.counts = Counts()
         self._memory: OrderedDict[str, Encoded] = OrderedDict()
         self._held = 0
@@ -64,7 +65,7 @@ class Remembered:
             return known
         found = self._encode(caption)
         self.counts.encoded += 1
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             self._write(self._path(caption), *found)
         return self._keep(caption, *found)
 
@@ -103,7 +104,7 @@ class Remembered:
             return Encoded(tensors["states"], tensors.get("pooled")), cut
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             self.counts.damaged += 1
             log.warning("%s is damaged (%s); its caption is encoded again", path, error)
             return None
@@ -120,7 +121,7 @@ class Remembered:
             os.replace(draft, path)
         except OSError as error:  # training can do without, if more slowly
             log.warning("captions' states are no longer written to %s: %s; set text.cache", self.folder, error)
-            self.folder = None
+            self.writes = False
             with suppress(OSError):
                 draft.unlink()
 

@@ -211,6 +211,22 @@ def test_training_goes_on_without_a_cache(saved: Callable, tmp_path: Path, caplo
     assert sum("text.cache" in record.message for record in caplog.records) == 1
 
 
+def test_a_cache_that_takes_no_more_is_still_read(
+    saved: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = encoder_of(saved("bert"), cache=str(tmp_path))(TEXTS).states
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    encoder = encoder_of(saved("bert"), cache=str(tmp_path))
+    encoder(["something new"])
+    assert torch.equal(encoder(TEXTS).states, wanted) and encoder.counts.encoded == 1
+    encoder(["something newer"])
+    assert sum("no longer written" in record.message for record in caplog.records) == 1
+
+
 def test_memory_is_bounded_and_shared_by_copies(saved: Callable) -> None:
     encoder = encoder_of(saved("bert"), memory_bytes=3 * 9 * 24 * 4)
     for _ in range(2):
