@@ -73,8 +73,8 @@ class Run:
     The network has its averaged weights, from the newest verified checkpoint; `weights` names others, such as network or ema-0.9995.
     With dtype bfloat16 the transformer's matrices are rounded, which halves its memory, and clips are made in bfloat16, to the bit as
     from float32 weights with sampler.precision=bfloat16.
-    `folders` says where frozen weights lie now, by key (`LOCATIONS`), if not where the config says; ValueError where the run has recorded
-    others.
+    `folders` says where frozen weights lie now, by key (`LOCATIONS`), if not where the config says; ValueError where they are others than
+    those that the run has recorded.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class Run:
             checkpoint.warm_start(network, start, "ema")
             start.close()
         found = published.opened(self.folder) if published.is_published(self.folder) else saved_in(self.folder)
-        if folders and isinstance(found, Saved):
+        if isinstance(found, Saved):
             recorded = found.meta.get("encoders")
-            check_encoders(recorded if isinstance(recorded, dict) else {}, network.encoders, "name the right one")
+            check_encoders(recorded if isinstance(recorded, dict) else {}, network.encoders, "name the right folder")
         checkpoint.load_weights(network, found, weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))

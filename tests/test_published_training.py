@@ -185,6 +185,10 @@ def test_frozen_weights_may_lie_elsewhere_by_now(
     assert np.array_equal(run.sample("snow", 0, **size), wanted)
     with pytest.raises(ValueError, match="autoencoder.folder now holds"):
         package.load(tmp_path / "exported", folders={"autoencoder.folder": str(tmp_path / "another")})
+    shutil.copytree(tmp_path / "another", before)  # in the old place, and so not named
+    with pytest.raises(ValueError, match="autoencoder.folder now holds"):
+        package.load(tmp_path / "exported")
+    shutil.rmtree(before)
     wrong = {"autoencoder.channels": "is no place of frozen weights", "image_encoder.folder": "has no image_encoder.folder"}
     for key, message in wrong.items():
         with pytest.raises(ValueError, match=message):
