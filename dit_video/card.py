@@ -21,14 +21,18 @@ def model_card(run: Path, meta: Mapping[str, Any], sets: Mapping[str, int], out:
     config = meta["config"]
     kind = OmegaConf.select(OmegaConf.create(config), "model._target_") or "a transformer"
     weights = ", ".join(f"{name} ({count:,} numbers)" for name, count in sets.items())
+    frozen = [f"{part}.folder" for part in ("autoencoder", "text", "image_encoder") if (config.get(part) or {}).get("folder")]
+    given = [json.dumps(str(out)), *([] if "ema" in sets else [f'weights="{next(iter(sets))}"'])]
     use = [
         "```python",
         "import dit_video",
         "",
-        f'run = dit_video.load("{out}")',
-        f'video = run.sample("{_prompt(config)}", seed=7)',
+        f"run = dit_video.load({', '.join(given)})",
+        f"video = run.sample({_prompt(config)}, seed=7)",
         "```",
     ]
+    if frozen:
+        use += ["", f'Frozen weights are not in it; where they lie elsewhere by now, say so: `folders={{"{frozen[0]}": ...}}`.']
     lines = [
         LIBRARY,
         f"# {run.name}",
@@ -45,8 +49,9 @@ def model_card(run: Path, meta: Mapping[str, Any], sets: Mapping[str, int], out:
 
 
 def _prompt(config: Mapping[str, Any]) -> str:
+    """The first of a run's prompts, as Python writes it."""
     prompts = config.get("sample_prompts") or ["a prompt"]
-    return str(prompts[0]).replace('"', "'")
+    return json.dumps(str(prompts[0]), ensure_ascii=False)
 
 
 def _facts(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -57,9 +62,9 @@ def _facts(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         "code": meta.get("code", "unknown"),
         "seed": config["seed"],
         "shape": f"{data['num_frames']} frames of {data['height']}x{data['width']} at {data['fps']:g} fps",
+        **{part.replace("_", " "): _named(config.get(part)) for part in ("autoencoder", "image_encoder")},
         "text encoder": _named(config.get("text")),
-        "autoencoder": _named(config.get("autoencoder")),
-        "image encoder": _named(config.get("image_encoder")),
+        "frozen weights": ", ".join(filter(None, meta.get("encoders", {}).values())),
         "adapters beside": f"the weights of {config.get('init_from')} (`{meta.get('base')}`)" if config.get("lora") else None,
         "averaged with decay": ", ".join(f"{decay:g}" for decay in meta.get("ema_decays", [])),
         "core-seconds": f"{meta['core_seconds']:,.0f}" if "core_seconds" in meta else None,
@@ -73,8 +78,9 @@ def _named(config: Mapping[str, Any] | None) -> str:
         return ""
     if encoders := config.get("encoders"):
         return " and ".join(map(_named, encoders.values()))
-    folder = config.get("folder")
-    return f"{config.get('_target_', '').rpartition('.')[2]}{f' of {Path(folder).name}' if folder else ''}"
+    folder = config.get("folder") or ""
+    where = folder if folder.startswith("package:") else Path(folder).name
+    return f"{config.get('_target_', '').rpartition('.')[2]}{f' of {where}' if where else ''}"
 
 
 def _data(run: Path) -> Sequence[str]:

@@ -62,16 +62,20 @@ def verify(run: str) -> None:
 
 
 def export(
-    run: str, out: str, step: int | None = None, weights: Sequence[str] = ("ema", "network"), layout: str | None = None
+    run: str, out: str, step: int | None = None, weights: Sequence[str] | str = ("ema", "network"), layout: str | None = None
 ) -> None:
     """Writes a run's weights, config and model card to a folder that `dit_video.load`, `run=` and `init_from=` take as they take a run's.
 
     Every set of weights is a variant: model.safetensors holds the trained ones, model.ema.safetensors their average. With a layout the
     first of them is written as its transformer was published, by itself: for diffusers, or as the original.
     """
-    folder = Path(out)
+    folder, weights = Path(out), [weights] if isinstance(weights, str) else weights
+    if not out or folder.is_file():
+        raise ValueError(f"out must be a folder, got {out!r}; set out to another")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; set out to another folder")
+    if not weights:
+        raise ValueError("weights names no set of weights; set it to some of ema and network")
     saved = checkpoint.opened(_chosen(run, step))
     if "config" not in saved.meta:
         raise CheckpointError(f"{saved.path} does not say its config; it is older than that, so train some more clips first")

@@ -83,6 +83,18 @@ def test_an_export_is_loaded_as_the_run_is(
         capsys, "export", f"run={run}", f"out={tmp_path}/x", "step=3", code=1
     )
     assert not (tmp_path / "x").exists()
+    file, empty = f"out={out}/README.md", (f"out={tmp_path}/x", "weights=[]")
+    for words, message in (
+        (empty, "weights names no set"),
+        (("out=",), "out must be a folder, got ''"),
+        ((file,), "out must be a"),
+    ):
+        assert message in told(capsys, "export", f"run={run}", *words, code=1)
+    told(capsys, "export", f"run={run}", f"out={tmp_path}/bare", "weights=network")
+    lines = (tmp_path / "bare" / "README.md").read_text().splitlines()
+    code = "\n".join(lines[lines.index("```python") + 1 : lines.index("```")])
+    assert 'weights="network"' in code
+    exec(code.replace("seed=7", "seed=7, num_frames=1"), {})  # a card's own lines work
 
 
 def test_the_config_of_an_export_is_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
