@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from rich.console import Console
@@ -235,7 +236,7 @@ def save(index: ShardIndex, path: Path) -> None:
     # checksums tell more than times do, and the same shard shall have the same index wherever and whenever it was written
     about |= {"encoding": index.encoding} if index.encoding else {}
     about |= {"shard_bytes": index.shard_bytes, "shard_version": "" if index.checked else index.shard_version}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # machines that share a folder may share numbers of processes
     try:
         # one entry, as safetensors writes several in a random order, and the same shard shall have the same index
         partial.write_bytes(to_safetensors(columns, {"about": json.dumps(about)}))
