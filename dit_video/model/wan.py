@@ -12,6 +12,7 @@ One width runs through it: hidden states, text and image states all have `d`. No
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,13 @@ from dit_video.model import attention as attention_functions
 from dit_video.model.attention import Attention
 from dit_video.model.layers import LevelEmbedding, RMSNorm, learned, linear, rotary_split
 from dit_video.model.transformer import Modulation, Transformer, TransformerBlock, per_token, pick_of
+from dit_video.numbers import is_finite, is_whole
 from dit_video.shapes import Context, Patch, Stream, cells_of, patchify
 
 THETA = 10_000.0
 """The longest rotary wavelength is about 2 pi theta tokens."""
+LARGEST = 1 << 20
+"""No size is more, so that products of two can be told."""
 
 
 def widened(x: Tensor) -> Tensor:
@@ -209,7 +213,13 @@ class WanTransformer(Transformer):
         attention: Attention = attention_functions.sdpa,  # see dit_video/model/attention.py
     ) -> None:
         super().__init__()
-        _check_sizes(width, depth, heads, patch)
+        fault = wrong_size({
+            "width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, "context_dim": context_dim, "channels": channels,
+            "patch": patch, "control_channels": control_channels, "image_dim": image_dim, "text_length": text_length,
+            "level_dim": level_dim, "eps": eps, "reference_rate": reference_rate,
+        })  # fmt: skip
+        if fault:
+            raise ValueError(f"{fault[1]}; set {fault[0]}")
         self.patch, self.channels, self.control_channels = Patch(*patch), channels, control_channels
         self.width, self.mlp_dim, self.context_dim, self.image_dim = width, mlp_dim, context_dim, image_dim
         self.text_length, self.level_dim, self.eps, self.reference_rate = text_length, level_dim, eps, reference_rate
@@ -363,13 +373,23 @@ def image_control(
     return patchify(torch.cat([mask.to(latents.dtype), latents], dim=-1), patch)
 
 
-def _check_sizes(width: int, depth: int, heads: int, patch: Sequence[int]) -> None:
-    for name, value in {"width": width, "depth": depth, "heads": heads}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}; set model.{name}")
+def wrong_size(sizes: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The keys to set and what is wrong, where there is no WanTransformer of these sizes, by the names of its arguments."""
+    for name, value in sizes.items():
+        least = 0 if name in ("control_channels", "image_dim") else 1
+        if name == "patch":
+            whole = isinstance(value, Sequence) and len(value) == 3 and all(is_whole(size, 1, LARGEST) for size in value)
+            wanted = None if whole else "three whole numbers of at least 1 (frames, rows, columns)"
+        elif name in ("eps", "reference_rate"):
+            wanted = None if is_finite(value) and value > 0 else "a number above 0"
+        elif name == "level_dim":
+            wanted = None if is_whole(value, 2, LARGEST) and value % 2 == 0 else f"an even whole number from 2 to {LARGEST}"
+        else:
+            wanted = None if is_whole(value, least, LARGEST) else f"a whole number from {least} to {LARGEST}"
+        if wanted:
+            return f"model.{name}", f"{name} must be {wanted}, got {value!r}"
+    width, heads = sizes["width"], sizes["heads"]
     if width % heads or (width // heads) % 2:
-        raise ValueError(
-            f"rotary positions need an even head width, got width {width} of {heads} heads; set model.heads or model.width"
-        )
-    if len(patch) != 3 or min(patch) < 1:
-        raise ValueError(f"a patch is three sizes of at least 1 (frames, rows, columns), got {list(patch)}; set model.patch")
+        told = f"rotary positions need an even head width, got width {width} of {heads} heads"
+        return "model.heads or model.width", told
+    return None

@@ -13,7 +13,7 @@ from wan_models import CHANNELS, HEAD_DIM, HEADS, KINDS, PATCH, TEXT_DIM, clip, 
 from dit_video.model import attention
 from dit_video.model.layers import initialise
 from dit_video.model.published import published_name, to_published
-from dit_video.model.wan import WanExperts, WanTransformer, given_then_grey, image_control
+from dit_video.model.wan import WanExperts, WanTransformer, given_then_grey, image_control, wrong_size
 from dit_video.seeding import seeded
 from dit_video.shapes import Context, Grid, Patch, Stream, cells_of, patchify, token_places
 
@@ -177,8 +177,25 @@ def test_it_can_start_from_nothing() -> None:
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-@pytest.mark.parametrize(("sizes", "key"), [({"width": 30}, "heads"), ({"depth": 0}, "depth"), ({"patch": (1, 2)}, "patch")])
-def test_sizes_that_cannot_be_are_refused(sizes: dict, key: str) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "key"),
+    [
+        ({"width": 30}, "heads"), ({"width": 28.5}, "width"), ({"width": 1 << 40}, "width"), ({"depth": 0}, "depth"),
+        ({"mlp_dim": 0}, "mlp_dim"), ({"channels": 0}, "channels"), ({"patch": (1, 2)}, "patch"), ({"patch": 2}, "patch"),
+        ({"control_channels": -1}, "control_channels"), ({"text_length": -3}, "text_length"), ({"level_dim": 1}, "level_dim"),
+        ({"level_dim": 33}, "level_dim"), ({"eps": "x"}, "eps"), ({"eps": 0}, "eps"), ({"reference_rate": 10**400}, "reference_rate"),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_told(sizes: dict, key: str) -> None:
+    fault = wrong_size({"width": 32, "depth": 1, "heads": 4, "mlp_dim": 8} | sizes)
+    assert fault is not None and f"model.{key}" in fault[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "key"),
+    [({"width": 30}, "heads"), ({"patch": (1, 2)}, "patch"), ({"mlp_dim": 0}, "mlp_dim"), ({"level_dim": 1}, "level_dim")],
+)
+def test_they_are_refused(sizes: dict, key: str) -> None:
     with pytest.raises(ValueError, match=f"set .*model.{key}"), torch.device("meta"):
         WanTransformer(**{"width": 32, "depth": 1, "heads": 4, "mlp_dim": 8} | sizes)
 
