@@ -1,5 +1,7 @@
 """A whole published pipeline, random and tiny: opened as a run it makes the clip that diffusers makes of the same noise and prompt."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,8 @@ from torch import Tensor
 from wan_models import CHANNELS, IMAGE_DIM, reference
 
 import dit_video as package
+from dit_video.model.published import PublishedError
+from dit_video.pipeline import config_of
 from dit_video.runs import Run
 from dit_video.sampler.generate import Sampler, noise_of
 from dit_video.sampler.solvers import euler, unipc
@@ -136,6 +140,41 @@ def test_the_programs_take_a_pipelines_folder(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "pipeline" / "vae" / "config.json").unlink()
     assert dit_video("sample", *words) == 1
     assert "vae/config.json" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_half_a_pipeline_is_not_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pipeline(tmp_path, "two experts")
+    shutil.rmtree(tmp_path / "pipeline" / "transformer_2")
+    assert dit_video("sample", f"run={tmp_path}/pipeline", "prompt=snow", f"out={tmp_path}/out") == 1
+    assert "model_index.json names transformer_2, which is missing" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "told"),
+    [
+        ("model_index.json", "boundary_ratio", [1], "boundary_ratio must be a number in"),
+        ("transformer/config.json", "num_attention_heads", 1 << 20, "width must be a whole number"),
+        ("transformer_2/config.json", "ffn_dim", 1 << 20, "config.json tells of"),  # told before there is memory for it
+    ],
+)
+def test_what_a_folder_says_is_checked_before_anything_is_made(
+    tmp_path: Path, file: str, key: str, value: object, told: str
+) -> None:
+    write_pipeline(tmp_path, "two experts")
+    path = tmp_path / "pipeline" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(PublishedError, match=told):
+        config_of(tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize("name", ["${oc.env:HOME}", "a${b}c", "a'b, c=[d]", "e\\"])
+def test_a_folders_name_is_taken_letter_by_letter(tmp_path: Path, name: str) -> None:
+    write_pipeline(tmp_path, "i2v")
+    folder = (tmp_path / "pipeline").rename(tmp_path / name)
+    network = package.load(folder).trained.network
+    assert network.text.folder == str(folder / "text_encoder") and network.text.tokenizer_folder == str(folder / "tokenizer")
+    assert network.autoencoder.folder == str(folder / "vae")
+    assert network.image_encoder is not None and network.image_encoder.folder == str(folder / "image_encoder")
 
 
 @pytest.mark.parametrize("kind", ["two experts", "i2v"])

@@ -11,7 +11,6 @@ config.json says before a weight is taken. Weights go from one layout to the oth
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_video.model.transformer import Transformer
-from dit_video.model.wan import WanExperts, WanTransformer
+from dit_video.model.wan import LARGEST, WanExperts, WanTransformer, wrong_size
+from dit_video.numbers import is_finite, is_whole
 
 Layout = Literal["diffusers", "original"]
 
@@ -94,6 +94,26 @@ class PublishedError(ValueError):
     """Published weights that are missing, damaged, pickled, or of another model."""
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file of JSON; PublishedError where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PublishedError(f"{path} cannot be read: {error}") from error
+    return mapping_in(text, str(path))
+
+
+def mapping_in(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a text of JSON is; PublishedError, which says where the text stands, if it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PublishedError(f"{where} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise PublishedError(f"{where} is no mapping of names")
+    return found
+
+
 # ------------------------------------------------------------------ names and shapes
 
 
@@ -148,13 +168,14 @@ def to_own(ours: str, values: Tensor, channels: int) -> Tensor:
 def sizes_of(folder: Path) -> dict[str, Any]:
     """The arguments of WanTransformer that a transformer's folder says; PublishedError where config.json says something else."""
     config = _config(folder)
-    if config["_class_name"] == "WanModel":
-        return _original_sizes(folder, config)
-    return _diffusers_sizes(folder, config)
+    sizes = (_original_sizes if config["_class_name"] == "WanModel" else _diffusers_sizes)(folder, config)
+    if fault := wrong_size(sizes):
+        raise PublishedError(f"{folder / CONFIG}: {fault[1]}")
+    return sizes
 
 
 def _diffusers_sizes(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    heads, head_dim = _whole(folder, config, "num_attention_heads"), _whole(folder, config, "attention_head_dim")
+    heads, head_dim = _whole(folder, config, "num_attention_heads"), _even(folder, config, "attention_head_dim")
     channels = _whole(folder, config, "out_channels")
     wanted = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "pos_embed_seq_len": None}
     if config.get("image_dim"):
@@ -165,7 +186,7 @@ def _diffusers_sizes(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_dim": _whole(folder, config, "ffn_dim"), "context_dim": _whole(folder, config, "text_dim", 4096), "channels": channels,
         "patch": _patch(folder, config), "control_channels": _control(folder, config, "in_channels", channels),
         "image_dim": _whole(folder, config, "image_dim", 0, least=0), "text_length": TEXT_LENGTH,
-        "level_dim": _whole(folder, config, "freq_dim", 256), "eps": _number(folder, config, "eps", 1e-6),
+        "level_dim": _even(folder, config, "freq_dim", 256), "eps": _positive(folder, config, "eps", 1e-6),
     }  # fmt: skip
 
 
@@ -187,8 +208,8 @@ def _original_sizes(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": _whole(folder, config, "num_heads"), "mlp_dim": _whole(folder, config, "ffn_dim"),
         "context_dim": _whole(folder, config, "text_dim", 4096), "channels": channels, "patch": _patch(folder, config),
         "control_channels": _control(folder, config, "in_dim", channels), "image_dim": image[0],
-        "text_length": _whole(folder, config, "text_len", TEXT_LENGTH), "level_dim": _whole(folder, config, "freq_dim", 256),
-        "eps": _number(folder, config, "eps", 1e-6),
+        "text_length": _whole(folder, config, "text_len", TEXT_LENGTH), "level_dim": _even(folder, config, "freq_dim", 256),
+        "eps": _positive(folder, config, "eps", 1e-6),
     }  # fmt: skip
 
 
@@ -226,12 +247,23 @@ def make_transformer(folder: Path) -> WanTransformer | WanExperts:
     if sizes[0] != sizes[1]:
         key = next(key for key in sizes[0] if sizes[0][key] != sizes[1][key])
         raise PublishedError(f"the two experts of {folder} differ in {key}: {sizes[0][key]} and {sizes[1][key]}")
-    return WanExperts(partial(WanTransformer, **sizes[0]), _boundary(folder, sizes[0]["control_channels"]))
+    told = boundary_in(folder)
+    return WanExperts(
+        partial(WanTransformer, **sizes[0]), BOUNDARIES.get(sizes[0]["control_channels"], 0.875) if told is None else told
+    )
 
 
-def _boundary(folder: Path, control_channels: int) -> float:
-    told = _json(folder / PIPELINE).get("boundary_ratio") if (folder / PIPELINE).is_file() else None
-    return BOUNDARIES.get(control_channels, 0.875) if told is None else float(told)
+def boundary_in(folder: Path) -> float | None:
+    """The noise level between two experts that a pipeline's folder says, if it says any."""
+    told = _about(folder).get("boundary_ratio")
+    if told is not None and not (is_finite(told) and 0 <= told <= 1):
+        raise PublishedError(f"{folder / PIPELINE}: boundary_ratio must be a number in [0, 1], got {told!r}")
+    return None if told is None else float(told)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of itself; nothing where it is no pipeline's."""
+    return read_json(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -239,7 +271,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise PublishedError(
             f"{folder} has no {CONFIG}, which says the sizes of its weights; set init_from to a transformer's folder"
         )
-    config = _json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if config.get("_class_name") not in ("WanModel", "WanTransformer3DModel"):
         raise PublishedError(
             f"{folder / CONFIG}: _class_name is {config.get('_class_name')!r}; WanModel and WanTransformer3DModel can be read"
@@ -247,40 +279,33 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PublishedError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise PublishedError(f"{path} is no mapping of names")
-    return found
-
-
 def _whole(
-    folder: Path, config: Mapping[str, Any], key: str, default: int | None = None, least: int = 1, most: int = 1 << 20
+    folder: Path, config: Mapping[str, Any], key: str, default: int | None = None, least: int = 1, most: int = LARGEST
 ) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    if not is_whole(value, least, most):
         raise PublishedError(f"{folder / CONFIG}: {key} must be a whole number from {least} to {most}, got {value!r}")
     return value
 
 
-def _number(folder: Path, config: Mapping[str, Any], key: str, default: float) -> float:
+def _even(folder: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _whole(folder, config, key, default)
+    if value % 2:
+        raise PublishedError(f"{folder / CONFIG}: {key} must be even, got {value}")
+    return value
+
+
+def _positive(folder: Path, config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise PublishedError(f"{folder / CONFIG}: {key} must be a number, got {value!r}")
+    if not is_finite(value) or value <= 0:
+        raise PublishedError(f"{folder / CONFIG}: {key} must be a number above 0, got {value!r}")
     return float(value)
 
 
 def _patch(folder: Path, config: Mapping[str, Any]) -> tuple[int, int, int]:
     patch = config.get("patch_size", (1, 2, 2))
-    if (
-        not isinstance(patch, list | tuple)
-        or len(patch) != 3
-        or not all(isinstance(size, int) and 1 <= size <= 64 for size in patch)
-    ):
+    if not isinstance(patch, list | tuple) or len(patch) != 3 or not all(is_whole(size, 1, 64) for size in patch):
         raise PublishedError(f"{folder / CONFIG}: patch_size must be three whole numbers of at least 1, got {patch!r}")
     return patch[0], patch[1], patch[2]
 
@@ -311,7 +336,7 @@ def is_published(folder: Path) -> bool:
     if any(folder.glob(f"{STEM}*")):
         return True
     try:
-        return "_class_name" in _json(folder / CONFIG)
+        return "_class_name" in read_json(folder / CONFIG)
     except PublishedError:
         return False
 
@@ -320,6 +345,11 @@ def find_parts(folder: Path) -> dict[str, Path]:
     """The folders of a folder's transformers: one, whose parameters have no prefix, or two experts, called high and low."""
     if not folder.is_dir():
         raise PublishedError(f"{folder} is no folder; set init_from to a folder of published weights")
+    for name in _named_in(folder):
+        if not (folder / name).is_dir():
+            raise PublishedError(
+                f"{folder / PIPELINE} names {name}, which is missing; fetch {name}/ too, or set run or init_from to a whole pipeline"
+            )
     for experts in _EXPERTS.values():
         found = {prefix: folder / name for prefix, name in experts.items() if (folder / name).is_dir()}
         if list(found) == ["high."] and experts["high."] == "transformer":
@@ -332,6 +362,14 @@ def find_parts(folder: Path) -> dict[str, Path]:
     if (folder / PIPELINE).is_file():
         raise PublishedError(f"{folder} is a pipeline without transformer/; set init_from to a folder that has it")
     return {"": folder}
+
+
+def _named_in(folder: Path) -> list[str]:
+    """The transformers that a pipeline's folder says it has: with a boundary there are two."""
+    about, experts = _about(folder), list(_EXPERTS["diffusers"].values())
+    if about.get("boundary_ratio") is not None:
+        return experts
+    return [name for name in experts if about.get(name) not in (None, [None, None])]  # a part that is left out is a pair of nulls
 
 
 class Files:
@@ -356,7 +394,7 @@ class Files:
             self.paths[name] = path
 
     def _open_indexed(self, index: Path) -> None:
-        told = _json(index).get("weight_map")
+        told = read_json(index).get("weight_map")
         if not isinstance(told, dict) or not all(isinstance(file, str) for file in told.values()):
             raise PublishedError(f"{index}: weight_map must say the file of every tensor")
         named = sorted(set(told.values()))
@@ -490,6 +528,26 @@ def _opened_part(folder: Path, layout: Layout) -> Iterator[tuple[str, _Kept]]:
         yield own, _Kept(files, name, own, tuple(parameter.shape), transformer.channels)
 
 
+def check_sizes(transformer: Transformer, folder: Path) -> None:
+    """PublishedError where config.json tells of another transformer than this one, though weights of both have the same shapes."""
+    experts = isinstance(transformer, WanExperts)
+    own, parts = [transformer.high, transformer.low] if experts else [transformer], list(find_parts(folder).values())
+    if len(parts) != len(own):
+        return  # which the names of their weights show
+    for one, part in zip(own, parts, strict=True):
+        if not isinstance(one, WanTransformer):
+            return  # and this too
+        sizes = {
+            "heads": one.width // one.head_dim, "patch": tuple(one.patch), "eps": one.eps, "text_length": one.text_length,
+            "level_dim": one.level_dim,
+        }  # fmt: skip
+        for key, told in sizes_of(part).items():
+            if sizes.get(key, told) != told:
+                raise PublishedError(
+                    f"{part / CONFIG} is of a model with {key} {told}, got {sizes[key]}; set {'model.expert' if experts else 'model'}.{key}"
+                )
+
+
 @torch.no_grad()
 def load(transformer: Transformer, folder: Path) -> None:
     """Puts published weights into a transformer that has memory and holds all of itself; PublishedError where they do not fit."""
@@ -500,6 +558,7 @@ def load(transformer: Transformer, folder: Path) -> None:
         raise PublishedError(
             f"{folder} is of another model: {name} is {given.get(name, 'missing')}, the model's {own.get(name, 'is missing')}"
         )
+    check_sizes(transformer, folder)
     for name, value in transformer.state_dict().items():
         value.copy_(found.read("network", name))
     found.close()

@@ -25,6 +25,7 @@ from dit_video.model.published import (
     opened,
     own_module_name,
     published_name,
+    sizes_of,
 )  # fmt: skip
 from dit_video.model.text import WordEncoder
 from dit_video.model.wan import WanExperts, WanTransformer
@@ -236,6 +237,42 @@ def test_a_pipelines_folder(tmp_path: Path) -> None:
         assert same(kept(tmp_path / part), kept(tmp_path / "out" / part))
 
 
+THERE = ["diffusers", "WanTransformer3DModel"]
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize(
+    ("index", "missing"),
+    [
+        ({"transformer": THERE, "transformer_2": THERE}, "transformer_2"),
+        ({"boundary_ratio": 0.875}, "transformer_2"),
+        ({"transformer": THERE, "transformer_2": [None, None]}, "transformer"),
+    ],
+)
+def test_a_pipeline_without_an_expert_that_it_names_is_none(
+    tmp_path: Path, index: dict[str, Any], missing: str, dangling: bool
+) -> None:
+    """It would be sampled as one model otherwise."""
+    for part in {"transformer", "transformer_2"} - {missing}:
+        reference("t2v").save_pretrained(tmp_path / part)  # type: ignore[operator]
+    if dangling:
+        (tmp_path / missing).symlink_to(tmp_path / "nowhere")
+    if missing == "transformer_2":
+        assert isinstance(make_transformer(tmp_path), WanTransformer)  # which says nothing of a second
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(PublishedError, match=f"model_index.json names {missing}, which is missing; .*set run or init_from"):
+        make_transformer(tmp_path)
+
+
+@pytest.mark.parametrize("told", ["abc", [1], True, 2.0, 10**400])
+def test_a_boundary_that_is_no_level_is_refused(tmp_path: Path, told: object) -> None:
+    for part in ("transformer", "transformer_2"):
+        reference("t2v").save_pretrained(tmp_path / part)  # type: ignore[operator]
+    (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": told}))
+    with pytest.raises(PublishedError, match="model_index.json: boundary_ratio must be a number in"):
+        make_transformer(tmp_path)
+
+
 @pytest.mark.parametrize(("kind", "boundary"), [("t2v", 0.875)])
 def test_two_experts_of_the_original_layout(tmp_path: Path, kind: str, boundary: float) -> None:
     for seed, part in enumerate(("high_noise_model", "low_noise_model")):
@@ -309,6 +346,17 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "depth without end": (partial(set_config, num_layers=100_000), "num_layers must be a whole number from 1 to 1000"),
     "a patch of two": (partial(set_config, patch_size=[1, 2]), "patch_size must be three"),
     "an eps of nan": (partial(set_config, eps=float("nan")), "eps must be a number"),
+    "an eps that no float holds": (partial(set_config, eps=10**400), "eps must be a number above 0"),
+    "an eps of nothing": (partial(set_config, eps=0), "eps must be a number above 0, got 0"),
+    "an eps of true": (partial(set_config, eps=True), "eps must be a number above 0, got True"),
+    "an odd head": (partial(set_config, attention_head_dim=15), "config.json: attention_head_dim must be even, got 15"),
+    "an odd level": (partial(set_config, freq_dim=33), "config.json: freq_dim must be even, got 33"),
+    "a level of one": (partial(set_config, freq_dim=1), "config.json: freq_dim must be even, got 1"),
+    "a huge product": (
+        partial(set_config, num_attention_heads=1 << 20, attention_head_dim=1 << 20), "config.json: width must be a whole number"
+    ),
+    "a patch of true": (partial(set_config, patch_size=[True, 2, 2]), "patch_size must be three"),
+    "endless brackets": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), "config.json cannot be read"),
     "another norm": (partial(set_config, qk_norm="layer_norm"), "qk_norm must be 'rms_norm_across_heads'"),
     "fewer in than out": (partial(set_config, in_channels=2), "in_channels must be at least"),
     "more layers told": (partial(set_config, num_layers=3), "lacks 27 of .* no blocks.2."),
@@ -392,6 +440,20 @@ def test_another_models_weights_are_refused_before_anything_changes(tmp_path: Pa
         other = WanTransformer(28, 2, 2, 41, 20, CHANNELS, level_dim=32)
     with pytest.raises(PublishedError, match="blocks.0.mlp.into.bias is .40,., the model's .41,."):
         load(other, tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("heads", 1), ("heads", 7), ("patch", (2, 2, 1)), ("eps", 0.1), ("text_length", 8)])
+@pytest.mark.parametrize("experts", [False, True])
+def test_what_shapes_do_not_show_is_compared(tmp_path: Path, key: str, value: object, experts: bool) -> None:
+    for part in ("transformer", "transformer_2")[: 1 + experts]:
+        reference("t2v").save_pretrained(tmp_path / part)  # type: ignore[operator]
+    sizes = sizes_of(tmp_path / "transformer") | {key: value}
+    other = WanExperts(partial(WanTransformer, **sizes), 0.875) if experts else WanTransformer(**sizes)
+    before = {name: weight.clone() for name, weight in other.state_dict().items()}
+    where = "model.expert" if experts else "model"
+    with pytest.raises(PublishedError, match=f"transformer/config.json is of a model with {key} .*; set {where}.{key}"):
+        load(other, tmp_path)
+    assert same(dict(other.state_dict()), before)
 
 
 def test_an_unread_norm_of_some_published_folders_is_passed_over(tmp_path: Path) -> None:
