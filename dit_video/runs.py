@@ -193,9 +193,13 @@ def export_file(weights: str) -> str:
 
 def saved_in(folder: Path, key: str = "run") -> Saved:
     """What a run has saved, or what it was exported to, open for reading; CheckpointError where there is nothing, or nothing whole."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; set {key} to another")
     if (folder / EXPORTED).is_file():
         files = {path.name[len("model") : -len(".safetensors")].strip("."): path for path in folder.glob("model*.safetensors")}
-        return checkpoint.opened_files(folder, [(name or "network", path) for name, path in files.items()], _exported(folder))
+        return checkpoint.opened_files(
+            folder, [(name or "network", path) for name, path in files.items()], _exported(folder, key)
+        )
     path = checkpoint.newest(folder / "checkpoints")
     if path is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet; train it first, or set {key} to another folder")
@@ -223,7 +227,8 @@ def check_base(weights: Readable, wanted: str | None) -> None:
 def start_in(folder: Path, network: Network) -> Readable:
     """Weights for a network to start from, open for reading: a run's averages, an export's, or published ones; errors as `saved_in`.
 
-    CheckpointError where they lack weights that are frozen in the network, and so come from nowhere else.
+    CheckpointError where they lack weights that are frozen in the network, and so come from nowhere else; PublishedError where published
+    ones are of another model, though their shapes are the same.
     """
     if published.is_published(folder):
         found: Readable = published.opened(folder)
@@ -244,17 +249,21 @@ def start_in(folder: Path, network: Network) -> Readable:
             f"{folder} lacks {len(lacking)} of {len(frozen)} weights that adapters are put beside: {first} is "
             f"{given.get(first, 'not there')}, the model's {frozen[first]}; set init_from or model"
         )
+    if published.is_published(folder):
+        published.check_sizes(network.transformer, folder)
     return found
 
 
-def _exported(folder: Path) -> dict[str, Any]:
+def _exported(folder: Path, key: str = "run") -> dict[str, Any]:
     try:
-        about = json.loads((folder / EXPORTED).read_text())
-        if not isinstance(about, dict) or not isinstance(about["config"], dict):
-            raise ValueError("it has no config")
+        about = published.read_json(folder / EXPORTED)
+        if not isinstance(about.get("config"), dict):
+            raise ValueError(
+                f"{folder / EXPORTED} has no config of a run, as an export's has, and no _class_name, as a published model's"
+            )
         return about
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / EXPORTED} cannot be read: {error}; set run to another folder") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; set {key} to another folder") from error
 
 
 def read_config(folder: Path, trust: Sequence[str] = ()) -> DictConfig:

@@ -107,7 +107,7 @@ def test_the_config_of_an_export_is_data(run: Path, tmp_path: Path, capsys: pyte
         package.load(out)
     assert not (tmp_path / "canary").exists()
     (out / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="cannot be read: it has no config"):
+    with pytest.raises(ValueError, match="is no mapping of names; set run"):
         package.load(out)
 
 

@@ -204,11 +204,18 @@ def test_frozen_weights_may_lie_elsewhere_by_now(
 def test_what_cannot_be_a_base_is_refused_in_a_line(
     pretrained: Path, world_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text('{"model_type": "umt5"}')
     for words, said in (
         (("lora=default", "init_from=null"), "set init_from"),
         (("lora=default", "model.depth=3"), "lacks"),
         (("lora=default", "lora.targets=[nothing]"), "set lora.targets"),
-        ((f"init_from={tmp_path}/nowhere",), "init_from"),
+        (("model.heads=1",), "wan/config.json is of a model with heads 2, got 1; set model.heads"),
+        (("lora=default", "model.eps=0.1"), "set model.eps"),
+        (("lora=default", "lora.targets=patch"), "set lora.targets"),
+        ((f"init_from={tmp_path}/nowhere",), f"there is no folder {tmp_path}/nowhere; set init_from"),
+        ((f"init_from={pretrained}/wan/config.json",), "there is no folder"),
+        ((f"init_from={tmp_path}/encoder",), "encoder/config.json has no config of a run"),
     ):
         assert train(pretrained, world_shards, tmp_path / "runs", "refused", *words) == 1
         assert said in capsys.readouterr().err.strip().splitlines()[-1]
