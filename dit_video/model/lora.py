@@ -6,7 +6,6 @@ A begins random and B at zero, so that nothing changes at first; everything but 
 <layer>.base_layer.weight while it has an adapter, which is <layer>.lora_A.default.weight and <layer>.lora_B.default.weight.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dit_video.model.layers import Linear
-from dit_video.model.published import PublishedError, Readable, module_name, own_module_name
+from dit_video.model.published import PublishedError, Readable, mapping_in, module_name, own_module_name
 from dit_video.model.transformer import Transformer
-from dit_video.model.wan import WanExperts, WanTransformer
+from dit_video.model.wan import LARGEST, WanExperts, WanTransformer
+from dit_video.numbers import is_finite, is_whole
 from dit_video.seeding import seeded
 
 FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"  # diffusers' names
@@ -37,12 +37,13 @@ def add_adapters(
     rank: int = 16,
     alpha: float | None = None,  # none: as the rank, so that the scale is 1
     targets: Sequence[str]
-    | None = None,  # how the names of adapted layers end, such as attention.query; none: all hidden matrices
+    | str
+    | None = None,  # ends of adapted layers' names, such as attention.query; none: all hidden matrices
     seed: int = 0,  # of A where there are weights already; on the meta device it begins with everything else
 ) -> None:
     """Puts an adapter beside each of a transformer's linear layers that are named, in place, and freezes all the rest."""
-    if rank < 1:
-        raise ValueError(f"the rank of an adapter must be at least 1, got {rank}; set lora.rank")
+    targets = [targets] if isinstance(targets, str) else targets
+    check_options(rank, alpha, targets)
     linears = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, Linear)}
     if targets is None:
         chosen = [name for name, layer in linears.items() if layer.matrices]
@@ -52,8 +53,11 @@ def add_adapters(
         if idle:
             some = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in linears})[:20])
             raise ValueError(f"no linear layer's name ends in {idle[0]!r}; set lora.targets to some of {some}")
+    if isinstance(transformer, WanTransformer | WanExperts):
+        for name in chosen:
+            _check_writable(name)
     scale = 1.0 if alpha is None else alpha / rank
-    _inject(transformer, dict.fromkeys(chosen, rank), scale)
+    _inject(transformer, dict.fromkeys(chosen, rank), dict.fromkeys(chosen, scale))
     for name, layer in adapters_of(transformer).items():
         down = layer.lora_A[NAME].weight
         if not down.is_meta:
@@ -61,17 +65,30 @@ def add_adapters(
             down.data.copy_(drawn)
 
 
-def _inject(transformer: Transformer, ranks: Mapping[str, int], scale: float) -> None:
+def check_options(rank: object, alpha: object, targets: object) -> None:
+    """ValueError where no adapters can be made so."""
+    if not is_whole(rank, 1, LARGEST):
+        raise ValueError(f"the rank of an adapter must be a whole number from 1 to {LARGEST}, got {rank!r}; set lora.rank")
+    if alpha is not None and not (is_finite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be a number above 0, or null for the rank, got {alpha!r}; set lora.alpha")
+    some = isinstance(targets, Sequence) and targets and all(isinstance(each, str) for each in targets)
+    if targets is not None and not some:
+        raise ValueError(
+            f"targets must be some ends of layers' names, or null for all matrices, got {targets!r}; set lora.targets"
+        )
+
+
+def _inject(transformer: Transformer, ranks: Mapping[str, int], scales: Mapping[str, float]) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("adapters need peft (pip install dit-video[lora])") from error
     if adapters_of(transformer):
         raise ValueError("the transformer has adapters already; merge them first")
-    patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
+    patterns = {name: f"^{re.escape(name)}$" for name in ranks}
     config = LoraConfig(
-        target_modules=list(ranks), r=1, lora_alpha=1, rank_pattern=patterns,
-        alpha_pattern={name: scale * rank for name, rank in patterns.items()},
+        target_modules=list(ranks), r=1, lora_alpha=1, rank_pattern={patterns[name]: rank for name, rank in ranks.items()},
+        alpha_pattern={patterns[name]: scales[name] * rank for name, rank in ranks.items()},
     )  # fmt: skip
     hollow = any(weight.is_meta or isinstance(weight, FakeTensor) for weight in transformer.parameters())
     with _unmoved() if hollow else nullcontext(), next(transformer.parameters()).device:
@@ -162,8 +179,7 @@ def save_adapters(transformer: WanTransformer | WanExperts, folder: Path, weight
     tensors = {}
     for name, layer in adapters_of(transformer).items():
         prefix, own = _expert(transformer, name)
-        if own.endswith(".patch"):
-            raise ValueError("the adapter of a patch embedding cannot be written, as it is a convolution there; set lora.targets")
+        _check_writable(own)
         published = _PREFIXES[prefix] + module_name(own, "diffusers")
         down, up = (weights[f"{name}.{part}.{NAME}.weight"].detach().cpu() for part in ("lora_A", "lora_B"))
         tensors[f"{published}.lora_A.weight"] = down.contiguous()
@@ -176,60 +192,83 @@ def save_adapters(transformer: WanTransformer | WanExperts, folder: Path, weight
     return folder / FILE
 
 
+def _check_writable(name: str) -> None:
+    if name.endswith(".patch"):
+        raise ValueError("the adapter of a patch embedding cannot be written, as it is a convolution there; set lora.targets")
+
+
 @torch.no_grad()
 def load_adapters(transformer: WanTransformer | WanExperts, path: Path) -> None:
     """Puts adapters of a file, or of the one in a folder, into a transformer, which gets them where it has none.
 
-    PublishedError where the file is none, or its adapters are not those of the transformer.
+    PublishedError, before anything is changed, where the file is none, or its adapters are not those of the transformer.
     """
     path = path / FILE if path.is_dir() else path
-    read, scale = _read(path)
+    found, scales = _found_in(transformer, path)
+    layers = adapters_of(transformer)
+    if layers and (differing := sorted(layers.keys() ^ found.keys())):
+        raise PublishedError(f"{path} and the transformer do not adapt the same layers: {differing[0]}; set lora.targets")
+    linears = {name.removesuffix(".base_layer"): part for name, part in transformer.named_modules() if isinstance(part, Linear)}
+    if strange := sorted(found.keys() - linears.keys()):
+        raise PublishedError(f"{path} holds an adapter of {strange[0]}, which the transformer does not have")
+    ranks = {name: layers[name].r[NAME] if layers else len(pair["lora_A"]) for name, pair in found.items()}
+    for name, pair in found.items():
+        own = {"lora_A": (ranks[name], linears[name].in_features), "lora_B": (linears[name].out_features, ranks[name])}
+        for part, tensor in pair.items():
+            if tuple(tensor.shape) != own[part]:
+                raise PublishedError(
+                    f"{path}: {part} of {name} has shape {tuple(tensor.shape)}, the transformer's {own[part]}; set lora.rank"
+                )
+    if not layers:
+        _inject(transformer, ranks, scales)
+    for name, layer in adapters_of(transformer).items():
+        ratio = scales[name] / layer.scaling[NAME]
+        down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        down.copy_(found[name]["lora_A"])
+        up.copy_(found[name]["lora_B"] if ratio == 1 else found[name]["lora_B"].to(up.dtype) * ratio)
+
+
+def _found_in(transformer: nn.Module, path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Both matrices of every adapter of a file by the layer that they are put beside, and their scales."""
+    read, told = _read(path)
     found: dict[str, dict[str, Tensor]] = {}
+    scales: dict[str, float] = {}
     for key, tensor in read.items():
-        name, part = _own_name(transformer, path, key)
+        prefix, name, part = _own_name(transformer, path, key)
+        if tensor.ndim != 2 or not len(tensor) or not tensor.is_floating_point():
+            raise PublishedError(f"{path}: {key} must be a matrix of numbers, got {tensor.dtype} of shape {tuple(tensor.shape)}")
         found.setdefault(name, {})[part] = tensor
+        scales[name] = _scale(path, told, prefix)
+    if not found:
+        raise PublishedError(f"{path} holds no adapters")
     if torn := [name for name, pair in found.items() if len(pair) < 2]:
         raise PublishedError(f"{path} holds half of the adapter of {torn[0]}")
-    if not adapters_of(transformer):
-        linears = {name for name, layer in transformer.named_modules() if isinstance(layer, Linear)}
-        if strange := sorted(found.keys() - linears):
-            raise PublishedError(f"{path} holds an adapter of {strange[0]}, which the transformer does not have")
-        _inject(transformer, {name: len(pair["lora_A"]) for name, pair in found.items()}, scale)
-    layers = adapters_of(transformer)
-    if differing := sorted(layers.keys() ^ found.keys()):
-        raise PublishedError(f"{path} and the transformer do not adapt the same layers: {differing[0]}; set lora.targets")
-    for name, layer in layers.items():
-        for part, tensor in found[name].items():
-            own = getattr(layer, part)[NAME].weight
-            if own.shape != tensor.shape:
-                raise PublishedError(
-                    f"{path}: {part} of {name} has shape {tuple(tensor.shape)}, the transformer's {tuple(own.shape)}; set lora.rank"
-                )
-    for name, layer in layers.items():
-        ratio = scale / layer.scaling[NAME]
-        layer.lora_A[NAME].weight.copy_(found[name]["lora_A"])
-        layer.lora_B[NAME].weight.copy_(found[name]["lora_B"] if ratio == 1 else found[name]["lora_B"] * ratio)
+    return found, scales
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], float]:
-    """All tensors of a file, and the scale that goes with them."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a file, and what it says of them."""
     if path.suffix != ".safetensors" or not path.is_file():
         raise PublishedError(f"{path} is no file of adapters in safetensors; nothing else is opened")
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            told = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, ValueError) as error:
         raise PublishedError(f"{path} cannot be read: {error}") from error
-    about = {key.rpartition(".")[2]: value for key, value in told.items()} if isinstance(told, dict) else {}
+    return tensors, mapping_in(told, f"{path}: {METADATA}")
+
+
+def _scale(path: Path, told: Mapping[str, Any], prefix: str) -> float:
+    """What a file says of adapters whose keys have a prefix; what has none is said of all."""
+    about = {key: value for key, value in told.items() if "." not in key}
+    about |= {key.removeprefix(prefix): value for key, value in told.items() if key.startswith(prefix)}
     if other := [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if about.get(key)]:
         raise PublishedError(f"{path}: {METADATA} tells of adapters of another kind, {other[0]}: {about[other[0]]}")
-    try:
-        return tensors, float(about.get("lora_alpha", 1)) / float(about.get("r", 1))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise PublishedError(
-            f"{path}: {METADATA} says r {about.get('r')!r} and lora_alpha {about.get('lora_alpha')!r}"
-        ) from error
+    rank, alpha = about.get("r", 1), about.get("lora_alpha", 1)
+    if not is_whole(rank, 1, LARGEST) or not is_finite(alpha) or not alpha / rank > 0:
+        raise PublishedError(f"{path}: {METADATA} says r {rank!r} and lora_alpha {alpha!r}, which must both be above 0")
+    return alpha / rank
 
 
 def _expert(transformer: nn.Module, name: str) -> tuple[str, str]:
@@ -240,8 +279,8 @@ def _expert(transformer: nn.Module, name: str) -> tuple[str, str]:
     return f"{expert}.", own
 
 
-def _own_name(transformer: nn.Module, path: Path, key: str) -> tuple[str, str]:
-    """The module and the part of an adapter that a file's key names."""
+def _own_name(transformer: nn.Module, path: Path, key: str) -> tuple[str, str, str]:
+    """The prefix of a file's key, and the module and the part of an adapter that it names."""
     experts = ("high.", "low.") if isinstance(transformer, WanExperts) else ("",)
     prefixes = {_PREFIXES[expert]: expert for expert in experts}
     if experts == ("",):
@@ -250,7 +289,7 @@ def _own_name(transformer: nn.Module, path: Path, key: str) -> tuple[str, str]:
         match = re.fullmatch(re.escape(prefix) + r"(.+)\.(lora_[AB])\.weight", key)
         if match:
             try:
-                return expert + own_module_name(match[1], "diffusers"), match[2]
-            except KeyError:
+                return prefix, expert + own_module_name(match[1], "diffusers"), match[2]
+            except (KeyError, ValueError):
                 break
     raise PublishedError(f"{path} holds {key}, which is no adapter of this transformer in diffusers' layout")

@@ -16,6 +16,7 @@ from dit_video.model.lora import (
     FILE,
     adapters_of,
     add_adapters,
+    check_options,
     is_adapter,
     load_adapters,
     merge_adapters,
@@ -90,6 +91,37 @@ def test_layers_are_chosen_by_the_ends_of_their_names() -> None:
         add_adapters(small(), rank=0)
     with pytest.raises(ValueError, match="has adapters already"):
         add_adapters(transformer)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("rank", (0, 1.5, True, "8", None, 10**400)),
+        ("alpha", (0, -3, "x", True, float("nan"), float("inf"), 10**400)),
+        ("targets", ([], [1], 3)),
+    ],
+)
+def test_options_that_cannot_be_are_refused(key: str, values: tuple) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"set lora.{key}"):
+            check_options(**{"rank": 4, "alpha": None, "targets": None} | {key: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 0}, {"alpha": -3.0}, {"targets": []}, {"targets": ""}, {"targets": "patch"}, {"targets": ["video.patch"]}],
+)
+def test_they_are_refused_before_anything_is_adapted(options: dict) -> None:
+    for transformer in (small(), WanExperts(lambda attention: small(), 0.875)):
+        with pytest.raises(ValueError, match=f"set lora.{next(iter(options))}"):
+            add_adapters(transformer, **options)
+        assert not adapters_of(transformer)
+
+
+def test_a_string_is_one_target() -> None:
+    transformer = small()
+    add_adapters(transformer, 2, targets="attention.query")
+    assert sorted(adapters_of(transformer)) == ["blocks.0.attention.query", "blocks.1.attention.query"]
 
 
 def test_the_scale_is_alpha_over_rank(tmp_path: Path) -> None:
@@ -261,6 +293,20 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[st
     "scales of its own": (lambda t: t, {"lora_adapter_metadata": json.dumps({"rank_pattern": {"to_q": 2}})}, "of another kind"),
     "no scale": (lambda t: t, {"lora_adapter_metadata": json.dumps({"r": 0, "lora_alpha": 1})}, "says r 0"),
     "no JSON": (lambda t: t, {"lora_adapter_metadata": "{"}, "cannot be read"),
+    "endless brackets": (lambda t: t, {"lora_adapter_metadata": "[" * 100_000}, "cannot be read"),
+    "a list": (lambda t: t, {"lora_adapter_metadata": "[]"}, "is no mapping"),
+    "a scale of nothing": (
+        lambda t: t,
+        {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 0})},
+        "alpha 0",
+    ),
+    "a scale without end": (lambda t: t, {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 10**400})}, "says r 4"),
+    "a number alone": (lambda t: t | {KEY: torch.tensor(1.0)}, {}, f"{KEY} must be a matrix"),
+    "no rows": (lambda t: t | {KEY: torch.zeros(0, 28)}, {}, f"{KEY} must be a matrix"),
+    "whole numbers": (lambda t: t | {KEY: t[KEY].int()}, {}, f"{KEY} must be a matrix"),
+    "another shape": (lambda t: t | {KEY.replace("_A", "_B"): torch.zeros(28, 7)}, {}, "lora_B of .* has shape"),
+    "a block's own": (lambda t: t | {"transformer.blocks.0.lora_A.weight": torch.zeros(4, 28)}, {}, "which is no adapter"),
+    "nothing": (lambda t: {}, {"format": "pt"}, "holds no adapters"),
 }
 
 
@@ -268,8 +314,32 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[st
 def test_one_clear_line_where_a_file_is_wrong(tmp_path: Path, what: str) -> None:
     change, metadata, told = WRONG[what]
     folder = written(tmp_path, change, **metadata)
+    transformer = small()
+    names = set(transformer.state_dict())
     with pytest.raises(PublishedError, match=told):
-        load_adapters(small(), folder)
+        load_adapters(transformer, folder)
+    assert set(transformer.state_dict()) == names and all(weight.requires_grad for weight in transformer.parameters())
+
+
+def test_each_expert_has_the_scale_that_is_said_of_it(tmp_path: Path) -> None:
+    def experts() -> WanExperts:
+        return WanExperts(lambda attention: small(), 0.875)
+
+    pair = experts()
+    add_adapters(pair, rank=4)
+    file = save_adapters(pair, tmp_path)
+    told = {
+        "transformer.r": 4,
+        "transformer.lora_alpha": 4,
+        "transformer_2.r": 4,
+        "transformer_2.lora_alpha": 8,
+        "text_encoder.r": 3,
+    }
+    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps(told)})
+    fresh = experts()
+    load_adapters(fresh, file)
+    for name, layer in adapters_of(fresh).items():
+        assert layer.scaling == {"default": 1.0 if name.startswith("high.") else 2.0}
 
 
 def test_files_that_are_not_opened(tmp_path: Path) -> None:
