@@ -1,6 +1,5 @@
 """From requests to videos: noise from each request's own seed, a solver, guidance, and the frames that were given, kept as they are."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dit_video.model.network import Network
 from dit_video.model.wan import given_then_grey, image_control
+from dit_video.numbers import is_finite, is_whole
 from dit_video.objective.objective import video_stream
 from dit_video.objective.path import Prediction, mix, shift_for, velocity_of
 from dit_video.objective.tasks import Task, check_prefix, given_tokens
@@ -63,21 +63,22 @@ class Sampler:
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "batch_size": 1}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise ValueError(
                     f"{name} must be a whole number of at least {least}, got {value!r}; set {name} (in training sampler.{name})"
                 )
         for name in ("guidance", "low_guidance", "boundary", "rescale", "shift"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+            if not is_finite(value) and not (value is None and name in ("low_guidance", "shift")):
                 raise ValueError(f"{name} must be a number, got {value!r}; set {name} (in training sampler.{name})")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be in [0, 1], got {self.rescale}; set rescale (in training sampler.rescale)")
         if self.shift is not None and self.shift <= 0:
             raise ValueError(f"shift must be positive, got {self.shift}; set shift (in training sampler.shift)")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        pair = isinstance(self.interval, Sequence) and len(self.interval) == 2 and all(map(is_finite, self.interval))
+        if not pair or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(
-                f"interval is two times in [0, 1], the lower first, got {self.interval}; set interval (in training sampler.interval)"
+                f"interval is two times in [0, 1], the lower first, got {self.interval!r}; set interval (in training sampler.interval)"
             )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(

@@ -28,8 +28,11 @@ def guided(
         other = untold(x, time)
         out = other + scale * (plain - other)
         if rescale:
-            spread = plain.std(dim=(1, 2), keepdim=True) / out.std(dim=(1, 2), keepdim=True)
-            out = torch.lerp(out, out * spread, rescale)
+            spread = out.std(dim=(1, 2), keepdim=True)
+            ratio = torch.where(
+                spread > 0, plain.std(dim=(1, 2), keepdim=True) / spread, 1.0
+            )  # a clip that stands still has none
+            out = torch.lerp(out, out * ratio, rescale)
         return out
 
     return velocity

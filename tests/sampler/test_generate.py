@@ -292,3 +292,21 @@ def test_a_request_that_cannot_be_met_is_refused_before_any_work(trained: Traine
 def test_a_sampler_that_cannot_be_is_refused(arguments: dict, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         Sampler(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("steps", (0, True, 2.5)),
+        ("guidance", (10**400, float("nan"), None, "x")),
+        ("interval", (0.5, [0, "a"], [0.5], [0.6, 0.5], [0, 10**400], "01", None)),
+        ("rescale", (None, 1.5)),
+        ("shift", (True, 0)),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_a_line(key: str, values: tuple) -> None:
+    for value in values:
+        sampler = Sampler()
+        setattr(sampler, key, value)
+        with pytest.raises(ValueError, match=rf"set {key} \(in training sampler.{key}\)"):
+            sampler.__post_init__()

@@ -58,6 +58,15 @@ def test_rescale_brings_back_the_spread_of_each_clip() -> None:
     assert torch.allclose(half, (full + wild) / 2, atol=1e-5)
 
 
+def test_a_clip_that_stands_still_is_not_rescaled_to_nothing_known() -> None:
+    def still(x: Tensor, time: Tensor) -> Tensor:
+        return torch.zeros_like(x) if x is X else torch.where(torch.arange(3)[:, None, None] > 0, told(x, time), 0.0)
+
+    assert not guided(still, still, 2.0, rescale=0.7)(X, TIME).any()
+    mixed = guided(still, still, 2.0, rescale=0.7)(X.clone(), TIME)
+    assert mixed.isfinite().all() and not mixed[0].any() and torch.allclose(mixed[1:], told(X, TIME)[1:], atol=1e-6)
+
+
 def test_two_scales_meet_at_a_time() -> None:
     """As in a pipeline of two experts: the first has its boundary."""
     both = by_time(guided(told, untold, 4.0), guided(told, untold, 3.0), 0.6)
