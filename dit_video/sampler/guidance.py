@@ -29,9 +29,8 @@ def guided(
         out = other + scale * (plain - other)
         if rescale:
             spread = out.std(dim=(1, 2), keepdim=True)
-            ratio = torch.where(
-                spread > 0, plain.std(dim=(1, 2), keepdim=True) / spread, 1.0
-            )  # a clip that stands still has none
+            ratio = plain.std(dim=(1, 2), keepdim=True) / spread
+            ratio = torch.where(spread > 0, ratio, 1.0)  # a clip that stands still has none
             out = torch.lerp(out, out * ratio, rescale)
         return out
 
