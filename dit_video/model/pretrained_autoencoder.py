@@ -17,13 +17,15 @@ from typing import Any, NoReturn
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_video.model.autoencoders import Autoencoder
-from dit_video.model.frozen import Frozen, Placement, num_weights
+from dit_video.model.frozen import Frozen, Placement, check_depth, headers, num_weights
+from dit_video.model.transformers_folders import FLOATS, expanded
 from dit_video.shapes import Patch
+
+KEY = "autoencoder.folder"
 
 VERSION = 1
 """Of what this file makes of the same weights; part of every fingerprint."""
@@ -205,7 +207,7 @@ class DiffusersAutoencoder(Autoencoder):
         """The folder's config and weights, found and not yet read."""
         if self.folder is None:
             raise ValueError("the autoencoder's weights are needed here, and folder is null; set autoencoder.folder")
-        return find_files(Path(self.folder))
+        return find_files(expanded(self.folder))
 
     @property
     def family(self) -> Family:
@@ -238,10 +240,15 @@ class DiffusersAutoencoder(Autoencoder):
         return self.scaled.device_bytes(self._num_bytes, ranks, in_use) if self.can_decode else 0
 
     def _num_bytes(self) -> int:
-        return num_weights(self.files.weights) * DTYPES[self.dtype].itemsize
+        return num_weights(self.files.weights, KEY) * DTYPES[self.dtype].itemsize
 
     def check(self) -> None:
-        self.compare(build(self.files))
+        self.compare(self.blank())
+
+    def blank(self) -> Any:
+        """The module that the folder's config describes, on the meta device."""
+        check_depth(self.files.folder / "config.json", self.files.config, len(headers(self.files.weights, KEY)), KEY)
+        return build(self.files)
 
     def encode(self, video: Float[Tensor, "b T H W 3"]) -> Float[Tensor, "b t h w c"]:
         return self.encode_distribution(video)[0]
@@ -288,7 +295,7 @@ class DiffusersAutoencoder(Autoencoder):
     def load(self) -> Scaled:
         """The module with its weights; ValueError where folder, weights and what was said of them do not agree."""
         files, family = self.files, self.family
-        module = build(files)
+        module = self.blank()
         self.compare(module)
         fill(module, files)
         if self.tiling:
@@ -339,7 +346,7 @@ class Files:
 
 def blame(path: Path, what: str, error: Exception | None = None) -> NoReturn:
     """ValueError, in one line, of what is wrong with a path."""
-    raise ValueError(f"{path} {' '.join(what.split())}; set autoencoder.folder") from error
+    raise ValueError(f"{path} {' '.join(what.split())}; set {KEY}") from error
 
 
 def find_files(folder: Path) -> Files:
@@ -403,21 +410,15 @@ def fill(module: Any, files: Files) -> None:
     """Gives a module on the meta device its weights, in float32, once every name and shape has been compared."""
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     names: dict[str, str] = {}  # in the module, by that in the file
-    for path in files.weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for old in file.keys():  # noqa: SIM118
-                    name = old if old in wanted else renamed(old)
-                    shape, kind = file.get_slice(old).get_shape(), file.get_slice(old).get_dtype()
-                    if name not in wanted:
-                        blame(path, f"holds {old}, which {files.class_name} of its config.json has not")
-                    if shape != wanted[name]:
-                        blame(path, f"holds {old} of shape {shape}, and its config.json asks for {wanted[name]}")
-                    if kind not in ("F64", "F32", "F16", "BF16"):
-                        blame(path, f"holds {old} as {kind}: quantised weights are not read")
-                    names[old] = name
-        except (SafetensorError, OSError) as error:
-            blame(path, f"is damaged or cut off: {error}", error)
+    for old, (path, shape, kind) in headers(files.weights, KEY).items():
+        name = old if old in wanted else renamed(old)
+        if name not in wanted:
+            blame(path, f"holds {old}, which {files.class_name} of its config.json has not")
+        if shape != wanted[name]:
+            blame(path, f"holds {old} of shape {shape}, and its config.json asks for {wanted[name]}")
+        if kind not in FLOATS:
+            blame(path, f"holds {old} as {kind}: quantised weights are not read")
+        names[old] = name
     lacking = sorted(set(wanted) - set(names.values()))
     if lacking:
         blame(files.folder, f"lacks weights that its config.json asks for: {lacking[0]} and {len(lacking) - 1} more")

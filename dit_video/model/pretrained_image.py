@@ -79,7 +79,7 @@ class ImageEncoder(nn.Module):
     def _num_bytes(self) -> int:
         folder = find_folder(self.folder, KEY)
         tower = "vision_model." if read_config(folder, KEY)["model_type"] == "clip" else ""  # beside CLIP's for text
-        return num_weights(weight_files(folder, KEY), tower) * self.kept.itemsize
+        return num_weights(weight_files(folder, KEY), KEY, tower) * self.kept.itemsize
 
     def check(self) -> None:
         """ValueError where it cannot be used, as far as a glance tells."""

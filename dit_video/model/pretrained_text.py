@@ -135,7 +135,7 @@ class PretrainedText(TextEncoder):
         return self.pretrained.device_bytes(self._num_bytes, ranks, in_use) if self.is_here else 0
 
     def _num_bytes(self) -> int:
-        numbers = num_weights(weight_files(find_folder(self.folder, KEY), KEY))
+        numbers = num_weights(weight_files(find_folder(self.folder, KEY), KEY), KEY)
         return numbers * int(getattr(torch, self.reading.dtype).itemsize)
 
     def check(self) -> None:

@@ -433,6 +433,11 @@ def test_a_fingerprint_is_of_contents_alone(folder: Path, tmp_path: Path) -> Non
     assert adapter("wan", folder).fingerprint not in (before, changed)
 
 
+def test_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    adapter("wan", Path("~") / folder.name).check()
+
+
 def test_a_pipeline_s_folder_will_do(models: Callable, tmp_path: Path) -> None:
     shutil.copytree(models("wan")[1], tmp_path / "vae")
     (tmp_path / "model_index.json").write_text("{}")
@@ -489,6 +494,7 @@ def test_configs_that_cannot_be_used(folder: Path) -> None:
         ({"latents_mean": "none"}, "has no scaling that can be read"),
         ({"num_res_blocks": 2}, "which AutoencoderKLWan of its config.json has not"),
         ({"base_dim": 8}, "of shape ["),
+        ({"num_res_blocks": 10**6}, "asks for num_res_blocks 1000000, and its weights are"),
     ):
         (folder / "config.json").write_text(config)
         change_config(folder, **changes)
@@ -504,6 +510,9 @@ def test_weights_that_cannot_be_used(folder: Path) -> None:
     for part in (whole[:-1], whole[: len(whole) // 2], whole[:100], whole[:4], b"", b"\xff" * 64, whole + b"more"):
         path.write_bytes(part)
         assert f"{WEIGHTS} is damaged or cut off" in refused(folder)
+        for use in (adapter("wan", folder).check, adapter("wan", folder).device_bytes):  # plans ask for these
+            with pytest.raises(ValueError, match="is damaged or cut off.*; set autoencoder.folder"):
+                use()
     save_file({key: value for key, value in weights.items() if key != first}, path)
     assert f"lacks weights that its config.json asks for: {first} and 0 more" in refused(folder)
     save_file(weights | {"other": torch.zeros(1)}, path)

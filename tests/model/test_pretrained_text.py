@@ -451,7 +451,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_told(saved: Callable, 
         encoder_of(str(folder))(["snow"])
     save_file(weights, path, {"format": "pt"})
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors cannot be loaded.*text.folder"):
+    with pytest.raises(ValueError, match="model.safetensors is damaged or cut off.*text.folder"):
         encoder_of(str(folder))(["snow"])
 
 
