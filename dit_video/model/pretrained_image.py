@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dit_video.model.frozen import Frozen, Placement, Precision, num_weights
-from dit_video.model.transformers_folders import checksum, find_folder, one_line, quiet, read_config, unusable, weight_files
+from dit_video.model.transformers_folders import (
+    check_numbers,
+    checksum,
+    find_folder,
+    one_line,
+    quiet,
+    read_config,
+    unusable,
+    weight_files,
+)
 
 KEY = "image_encoder.folder"
 PROCESSOR, PROCESSOR_KEY = "preprocessor_config.json", "image_encoder.processor"
@@ -103,7 +112,7 @@ class ImageEncoder(nn.Module):
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{path} is not there; set {PROCESSOR_KEY} to the folder that has it") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be used: {error}; set {PROCESSOR_KEY}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path} cannot be used: it is no mapping; set {PROCESSOR_KEY}")
@@ -124,6 +133,8 @@ class ImageEncoder(nn.Module):
                 f"{folder} gives {len(states)} states of width {states.shape[1]}, {self.tokens} of {self.dim} are expected; "
                 "set image_encoder.tokens and image_encoder.dim"
             )
+        if not states.isfinite().all():
+            raise ValueError(f"{folder} gives states that are no numbers in {self.dtype}; set image_encoder.dtype or {KEY}")
         return tower
 
 
@@ -153,11 +164,14 @@ def load(folder: Path, processor: dict[str, Any], layer: int, dtype: torch.dtype
             prepare = transformers.CLIPImageProcessorPil.from_dict(processor)
         except Exception as error:
             raise ValueError(f"{PROCESSOR} cannot be used: {one_line(error)}; set {PROCESSOR_KEY}") from error
+        make: Any = transformers.CLIPVisionModel
+        read: Any = transformers.CLIPVisionConfig.from_pretrained
+        eager = {"attn_implementation": "eager"}
+        check_numbers(lambda: make._from_config(read(folder, local_files_only=True), **eager), weight_files(folder, KEY), KEY)
         try:
-            make: Any = transformers.CLIPVisionModel
             model, told = make.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, attn_implementation="eager", output_loading_info=True,
-                local_files_only=True,
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
+                ignore_mismatched_sizes=True, **eager,
             )  # fmt: skip
         except Exception as error:
             raise unusable(folder, f"cannot be loaded: {one_line(error)}", KEY) from error

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dit_video.model.frozen import num_weights
 from dit_video.model.pretrained_image import PROCESSOR, ImageEncoder
@@ -42,6 +43,19 @@ def encoder_of(folder: Path | str, **changes: Any) -> ImageEncoder:
 
 def changed(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def weights(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    file = path / "model.safetensors"
+    save_file({name: change(weight) for name, weight in load_file(file).items()}, file, {"format": "pt"})
+
+
+def indexed(path: Path, name: str) -> None:
+    """The weights are in a pickled file, which an index names."""
+    held = load_file(path / "model.safetensors")
+    torch.save(held, path / name)
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(held, name)}))
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 0])
@@ -115,6 +129,33 @@ WRONG: dict[str, tuple[Change, dict[str, Any], str]] = {
         lambda path: (path / "adapter_config.json").write_text("{}"), {}, "adapter_config.json is of an adapter.*image_encoder.folder",
     ),
     "no such layer": (lambda path: None, {"layer": 9}, "has no layer 9.*set image_encoder.layer"),
+    "no file of safetensors": (
+        lambda path: indexed(path, "weights.bin"), {}, "index.json names 'weights.bin'.*set image_encoder.folder",
+    ),
+    "quantised": (
+        lambda path: weights(path, lambda x: (100 * x).to(torch.int8)), {},
+        "as I8: quantised weights are not read; set image_encoder.folder",
+    ),
+    "no numbers": (
+        lambda path: weights(path, lambda x: x * float("nan")), {},
+        "no numbers in float32; set image_encoder.dtype or image_encoder.folder",
+    ),
+    "another shape": (
+        lambda path: changed(path / "config.json", intermediate_size=17), {},
+        "in other shapes: .*encoder.layers.0.mlp.fc1.bias and .*image_encoder.folder",
+    ),
+    "a million layers": (
+        lambda path: changed(path / "config.json", num_hidden_layers=10**6), {}, "asks for num_hidden_layers 1000000.*image_encoder.folder",
+    ),
+    "a large one": (
+        lambda path: changed(path / "config.json", intermediate_size=10**9), {}, "asks for [0-9]+ weights, and its files hold",
+    ),
+    "a deep config": (
+        lambda path: (path / "config.json").write_text("[" * 10**5), {}, "config.json cannot be read.*image_encoder.folder",
+    ),
+    "a deep processor": (
+        lambda path: (path / PROCESSOR).write_text("[" * 10**5), {}, "cannot be used.*set image_encoder.processor",
+    ),
     "fewer layers": (
         lambda path: changed(path / "config.json", num_hidden_layers=5), {}, "lacks weights",
     ),
