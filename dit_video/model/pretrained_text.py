@@ -8,6 +8,7 @@ import hashlib
 import html
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,14 +25,28 @@ from dit_video.model.frozen import Frozen, Placement, Precision, num_weights
 from dit_video.model.layers import RMSNorm, linear
 from dit_video.model.remembered import Counts, Remembered
 from dit_video.model.text import TextEncoder, TextLayer, says, split_words
-from dit_video.model.transformers_folders import checksum, find_folder, one_line, quiet, read_config, unusable, weight_files
+from dit_video.model.transformers_folders import (
+    check_numbers,
+    checksum,
+    expanded,
+    find_folder,
+    one_line,
+    quiet,
+    read_config,
+    unusable,
+    weight_files,
+)
 from dit_video.shapes import Caption, Context, Encoded
 
 KEY = "text.folder"
 Pooled = Literal["none", "mean", "cls", "eos", "projection"]
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", TOKENIZER_CONFIG)
+SPACES = "▁Ġ "
+"""How tokenizers write the space before a word."""
+
 UNUSED = re.compile(r"(^|\.)pooler\.")
 """Weights that may be missing, as nothing here asks for what they make."""
 
@@ -110,7 +125,7 @@ class PretrainedText(TextEncoder):
         self.folder, self.tokenizer_folder, self.no_caption = folder, tokenizer or folder, no_caption
         self.nothing: Encoded | None = None  # states of the empty text, where they are known from elsewhere
         self.pretrained = Frozen(self._load, placement)
-        self.remembered = Remembered(self._read, lambda: self.fingerprint, cache, memory_bytes)
+        self.remembered = Remembered(self._read, lambda: self.fingerprint, cache and str(expanded(cache)), memory_bytes)
         self.like: Tensor  # where the network is and in what precision, learned null state or not
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
@@ -140,7 +155,7 @@ class PretrainedText(TextEncoder):
 
     def check(self) -> None:
         weight_files(find_folder(self.folder, KEY), KEY)
-        find_folder(self.tokenizer_folder, KEY)
+        check_tokenizer_is_there(find_folder(self.tokenizer_folder, KEY))
 
     @property
     def counts(self) -> Counts:
@@ -156,8 +171,7 @@ class PretrainedText(TextEncoder):
         """Changes with all that states depend on: the config, the tokenizer, the weights' bytes, and how they are read."""
         folder, tokenizer = find_folder(self.folder, KEY), find_folder(self.tokenizer_folder, KEY)
         config = json.dumps(read_config(folder, KEY), sort_keys=True)
-        tokenizer_files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
-        sums = {path.name: checksum(path) for path in [*tokenizer_files, *weight_files(folder, KEY)]}
+        sums = {path.name: checksum(path) for path in [*tokenizer_files(tokenizer), *weight_files(folder, KEY)]}
         return hashlib.sha256(json.dumps([config, sums, asdict(self.reading)], sort_keys=True).encode()).hexdigest()[:16]
 
     def states_of(self, caption: str) -> Encoded:
@@ -367,9 +381,11 @@ def closed_up(states: Sequence[Tensor], lengths: Sequence[Tensor]) -> tuple[Tens
 class Pretrained(nn.Module):
     """A model of transformers with its tokenizer, reading one caption at a time."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, reading: Reading) -> None:
+    def __init__(self, model: Any, tokenizer: Any, reading: Reading) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.reading = model, tokenizer, reading
+        self.model: Any = model
+        self.tokenizer, self.reading = tokenizer, reading
+        self.rows = model.get_input_embeddings().weight.shape[0]  # one a token that it knows
 
     def forward(self, caption: str) -> tuple[Encoded, int]:
         """A caption's states, and how many of its tokens were cut off."""
@@ -389,13 +405,17 @@ class Pretrained(nn.Module):
     def tokens(self, text: str) -> tuple[list[int], int]:
         """The ids of a text's tokens, at least one, and how many more there were."""
         limit = self.reading.max_tokens + self.reading.drop_tokens
-        tokens = self.tokenizer(text, verbose=False)["input_ids"]
+        tokens = self.ids(text)
         if not tokens:  # language models begin with nothing
             special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-            return [next((token for token in special if token is not None), 0)], 0
+            return [next((token for token in special if token is not None and token < self.rows), 0)], 0
         if len(tokens) <= limit:
             return tokens, 0
-        return self.tokenizer(text, truncation=True, max_length=limit)["input_ids"], len(tokens) - limit
+        return self.ids(text, truncation=True, max_length=limit), len(tokens) - limit
+
+    def ids(self, text: str, **asked: Any) -> list[int]:
+        """What the tokenizer makes of a text, without tokens added to it that the model has no row for, such as those of pictures."""
+        return [token for token in self.tokenizer(text, verbose=False, **asked)["input_ids"] if token < self.rows]
 
 
 # --------------------------------------------------------------------------- loading
@@ -420,31 +440,69 @@ def load(folder: Path, tokenizer_folder: Path, reading: Reading, dim: int, poole
         except Exception as error:  # each library below has its own
             raise unusable(folder / "config.json", f"cannot be used: {one_line(error)}", KEY) from error
         check_sizes(config, folder, reading, dim, pooled_dim)
-        if not any((tokenizer_folder / name).is_file() for name in VOCABULARIES):  # one of no words would be made
-            raise ValueError(f"{tokenizer_folder} has no tokenizer: none of {', '.join(VOCABULARIES)}; set text.tokenizer")
+        tokenizer = load_tokenizer(transformers, tokenizer_folder, reading)
+        make, config = class_of(transformers, config, reading.pooled)
+        check_numbers(lambda: empty(make, config), files, KEY)
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, **only)
-        except Exception as error:
-            raise ValueError(f"{tokenizer_folder} has no tokenizer to be used: {one_line(error)}; set text.tokenizer") from error
-        try:
-            make, config = class_of(transformers, config, reading.pooled)
             model, told = make.from_pretrained(
                 folder, config=config, dtype=getattr(torch, reading.dtype), use_safetensors=True, attn_implementation="eager",
-                output_loading_info=True, **only,
+                output_loading_info=True, ignore_mismatched_sizes=True, **only,
             )  # fmt: skip
         except Exception as error:
-            raise unusable(files[0], f"cannot be loaded: {one_line(error)}", KEY) from error
+            raise unusable(folder, f"cannot be loaded: {one_line(error)}", KEY) from error
     lost = [name for name in sorted(told["missing_keys"]) if not UNUSED.search(name)]
     lost += [name[0] for name in sorted(told["mismatched_keys"])] + list(told["error_msgs"])
     if lost:
         raise unusable(folder, f"lacks weights, or has them in other shapes: {lost[0]} and {len(lost) - 1} more", KEY)
     if config.is_encoder_decoder:
         model = model.get_encoder()
-    return tried(Pretrained(model.eval(), tokenizer, reading), folder, dim, pooled_dim)
+    try:
+        read = Pretrained(model.eval(), tokenizer, reading)
+    except Exception as error:
+        raise unusable(folder, f"has no table of tokens: {one_line(error)}", KEY) from error
+    return tried(read, folder, tokenizer_folder, dim, pooled_dim)
+
+
+def load_tokenizer(transformers: Any, folder: Path, reading: Reading) -> Any:
+    """A folder's tokenizer, which knows words; ValueError saying what is wrong and which key to change."""
+    check_tokenizer_is_there(folder)
+    reading.text("word")  # may lack a package
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.truncation_side = "right"  # what follows is not read, whatever the folder says
+        own = len(tokenizer("")["input_ids"])
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer("word", add_special_tokens=False)["input_ids"])
+    except Exception as error:  # whatever is in somebody's files
+        raise ValueError(f"{folder} has no tokenizer to be used: {one_line(error)}; set text.tokenizer") from error
+    if not [token for token in tokens if token != tokenizer.unk_token and token.strip(SPACES)]:  # as it is made of no vocabulary
+        raise ValueError(f'{folder} has a tokenizer that knows no words: "word" becomes {tokens}; set text.tokenizer')
+    if reading.max_tokens + reading.drop_tokens <= own:
+        raise ValueError(
+            f"{folder} has a tokenizer that adds {own} tokens to a text, text.max_tokens and text.drop_tokens are {reading.max_tokens} and "
+            f"{reading.drop_tokens}; set text.max_tokens={own + 1 - reading.drop_tokens} or more"
+        )
+    return tokenizer
+
+
+def check_tokenizer_is_there(folder: Path) -> None:
+    """ValueError where nothing in a folder speaks of a tokenizer."""
+    if not any((folder / name).is_file() for name in (*VOCABULARIES, TOKENIZER_CONFIG)):
+        raise ValueError(f"{folder} has no tokenizer: none of {', '.join((*VOCABULARIES, TOKENIZER_CONFIG))}; set text.tokenizer")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that tokens may depend on: where no vocabulary has a known name, all but large ones, weights and the config."""
+    if any((folder / name).is_file() for name in VOCABULARIES):
+        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name and path.stat().st_size < 2**26
+    ]
 
 
 def check_sizes(config: Any, folder: Path, reading: Reading, dim: int, pooled_dim: int) -> None:
-    """ValueError where a model has other widths than were said, or fewer positions than it is to read."""
+    """ValueError where a model has other widths than were said."""
     text = config.get_text_config()
     if text.hidden_size != dim:
         raise ValueError(f"states of {folder} have width {text.hidden_size}, text.dim is {dim}; set text.dim={text.hidden_size}")
@@ -452,12 +510,6 @@ def check_sizes(config: Any, folder: Path, reading: Reading, dim: int, pooled_di
     if pooled_dim and wide != pooled_dim:
         raise ValueError(
             f"{reading.pooled} of {folder} has width {wide}, text.pooled_dim is {pooled_dim}; set text.pooled_dim or text.pooled"
-        )
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions and reading.max_tokens + reading.drop_tokens > positions:
-        raise ValueError(
-            f"{folder} reads {positions} tokens, text.max_tokens and text.drop_tokens are {reading.max_tokens} and {reading.drop_tokens}; "
-            f"set text.max_tokens={positions - reading.drop_tokens}"
         )
 
 
@@ -473,10 +525,17 @@ def class_of(transformers: Any, config: Any, pooled: Pooled) -> tuple[Any, Any]:
     return transformers.AutoModel, config
 
 
+def empty(make: Any, config: Any) -> nn.Module:
+    """What a class makes of a config."""
+    if hasattr(make, "from_config"):  # a choice of classes
+        return make.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    return make._from_config(config, attn_implementation="eager")
+
+
 @torch.no_grad()
-def tried(model: Pretrained, folder: Path, dim: int, pooled_dim: int) -> Pretrained:
+def tried(model: Pretrained, folder: Path, tokenizer_folder: Path, dim: int, pooled_dim: int) -> Pretrained:
     """The model, when it turns a word into states; ValueError where it does not."""
-    model.reading.text("word")  # may lack a package
+    check_ids(model, tokenizer_folder)
     try:
         encoded, _ = model("word")
     except IndexError as error:
@@ -488,4 +547,62 @@ def tried(model: Pretrained, folder: Path, dim: int, pooled_dim: int) -> Pretrai
         raise ValueError(f"{folder} gives widths {encoded.states.shape[1]} and {pooled}; set text.dim and text.pooled_dim")
     if not encoded.states.isfinite().all():
         raise ValueError(f"{folder} gives states that are no numbers in {model.reading.dtype}; set text.dtype")
+    check_positions(model, folder)
     return model
+
+
+def check_ids(model: Pretrained, tokenizer_folder: Path) -> None:
+    """ValueError where the tokenizer makes ids of words, or puts some around them, that the model has no row for."""
+    tokenizer = model.tokenizer
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    largest = max([*words, *tokenizer(model.reading.text("word"), verbose=False)["input_ids"]])
+    if largest >= model.rows:
+        raise ValueError(
+            f"{tokenizer_folder} has a tokenizer with ids up to {largest}, and the model knows {model.rows} tokens; "
+            "set text.tokenizer to the one that belongs to text.folder"
+        )
+
+
+def check_positions(model: Pretrained, folder: Path) -> None:
+    """ValueError, with a number that works, where the model reads fewer tokens than it is to read."""
+    reading, positions = model.reading, getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    asked = reading.max_tokens + reading.drop_tokens
+    if not positions or positions < 0 or (asked <= positions and has_room(model, asked)):  # XLNet says -1
+        return
+    room = bisect_left(range(1, min(asked, positions) + 1), True, key=lambda length: not has_room(model, length))
+    more = f"text.max_tokens={room - reading.drop_tokens}" if room > reading.drop_tokens else f"text.drop_tokens below {room}"
+    raise ValueError(
+        f"{folder} reads {room} tokens, text.max_tokens and text.drop_tokens are {reading.max_tokens} and {reading.drop_tokens}; "
+        f"set {more}"
+    )
+
+
+class LookedUp(Exception):  # noqa: N818
+    """Positions were found, and what follows does not matter."""
+
+
+@torch.no_grad()
+def has_room(model: Pretrained, length: int) -> bool:
+    """Whether the model has positions for so many tokens; RoBERTa's kin begin behind that of padding. Its layers are not run.
+
+    Where positions are in no table, such as those of rotations, it has.
+    """
+    tables = [module for name, module in model.model.named_modules() if isinstance(module, nn.Embedding) and "position" in name]
+    if not tables:
+        return True
+
+    def stop(*_: Any) -> None:
+        raise LookedUp
+
+    hooks = [table.register_forward_hook(stop) for table in tables]
+    token = model.tokenizer("word", add_special_tokens=False)["input_ids"][-1]  # padding has no position of its own
+    try:
+        model.model(input_ids=torch.full((1, length), token))
+    except LookedUp:
+        return True
+    except Exception:  # it reads a word, so that this is for want of positions, which every kind of model says in its way
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return True

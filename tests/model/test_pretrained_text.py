@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from text_models import ALONE, TEXTS, WHOLE, config_of, save_tokenizer
+from text_models import ALONE, PLAIN, T5, TEXTS, WHOLE, config_of, save_tokenizer
 
 from dit_video.model.layers import initialise, linear
 from dit_video.model.pretrained_text import PretrainedText, Several, closed_up
@@ -471,6 +471,201 @@ def test_indexed_weights(saved: Callable, tmp_path: Path) -> None:
         index.write_text(text)
         with pytest.raises(ValueError, match="index.json.*text.folder"):
             encoder_of(str(folder))(["snow"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("weights.bin", "names 'weights.bin' for .*, which is no safetensors file beside it"),
+        ("../weights.safetensors", "no safetensors file beside it"),
+        (None, "names None for"),
+        (["a"], "no safetensors file beside it"),
+    ],
+)
+def test_an_index_names_safetensors_beside_it(
+    saved: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any, message: str
+) -> None:
+    from safetensors.torch import load_file
+
+    folder = broken(saved, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "weights.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("weights were unpickled"))
+    with pytest.raises(ValueError, match=f"index.json {message}.*set text.folder" if "names" in message else message):
+        encoder_of(str(folder))(["snow"])
+
+
+def test_the_broken_one_of_several_files_is_named(saved: Callable, tmp_path: Path) -> None:
+    transformers.BertModel.from_pretrained(saved("bert")).save_pretrained(tmp_path, max_shard_size="10KB")
+    save_tokenizer(tmp_path, "bert")
+    part = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    part.write_bytes(part.read_bytes()[:-5])
+    encoder = encoder_of(str(tmp_path))
+    for use in (encoder.check, encoder.device_bytes, lambda: encoder(["snow"])):
+        with pytest.raises(ValueError, match=f"{part.name} is damaged or cut off: .*; set text.folder"):
+            use()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32])
+def test_quantised_weights_are_refused(saved: Callable, tmp_path: Path, kind: torch.dtype) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = broken(saved, tmp_path, "umt5")
+    path, weights = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    save_file(weights | {name: weights[name].to(kind)}, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=f"model.safetensors holds {name} as .*: quantised weights are not read; set text.folder"
+    ):
+        encoder_of(str(folder))(["snow"])
+    scale = name.replace(".weight", ".weight_scale")
+    save_file(weights | {scale: torch.ones(1)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"holds {scale} as F32: quantised"):
+        encoder_of(str(folder))(["snow"])
+    beside = {"position_ids": torch.arange(3), "mask": torch.ones(3, dtype=torch.bool)}  # as old folders hold
+    save_file(weights | beside, path, {"format": "pt"})
+    assert torch.equal(encoder_of(str(folder))(TEXTS).states, encoder_of(saved("umt5"))(TEXTS).states)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is of quantised weights.*\(quantization_config\)"),
+        ({"transformers_weights": "adapter_model.bin"}, r"names a file of weights.*\(transformers_weights\)"),
+        ({"num_hidden_layers": 10**6}, "asks for num_hidden_layers 1000000, and its weights are [0-9]+ tensors"),
+        ({"vocab_size": 10**9}, "asks for 24[0-9]+ weights, and its files hold"),
+        ({"vocab_size": 97}, "has them in other shapes: embeddings.word_embeddings.weight and"),
+        ({"max_position_embeddings": 0}, "has them in other shapes: embeddings.position_embeddings.weight and"),
+    ],
+)
+def test_configs_that_weights_do_not_fit(saved: Callable, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = broken(saved, tmp_path)
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=f"{message}.*; set text.folder"):
+        encoder_of(str(folder))(["snow"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_what_is_nested_too_deep_is_told(saved: Callable, tmp_path: Path, name: str) -> None:
+    folder = broken(saved, tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*; set text.folder"):
+        encoder_of(str(folder))(["snow"])
+
+
+SIZES = PLAIN | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+POSITIONS: dict[str, tuple[Any, int]] = {  # of 34 in the config, how many are read
+    "Bert": (transformers.BertConfig(max_position_embeddings=34, **SIZES), 34),
+    "Roberta": (transformers.RobertaConfig(max_position_embeddings=34, **SIZES), 33),
+    "XLMRoberta": (transformers.XLMRobertaConfig(max_position_embeddings=34, **SIZES | {"pad_token_id": 3}), 30),
+    "MPNet": (transformers.MPNetConfig(max_position_embeddings=34, **SIZES), 32),
+    "Llama": (transformers.LlamaConfig(max_position_embeddings=34, **SIZES), 34),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_are_as_many_as_can_be_read(tmp_path: Path, kind: str) -> None:
+    config, room = POSITIONS[kind]
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, "language")
+    for asked, drop in ((room + 1, 0), (room - 4, 5), (1000, 0)):
+        with pytest.raises(ValueError, match=f"reads {room} tokens.*; set text.max_tokens={room - drop}$"):
+            encoder_of(str(tmp_path), max_tokens=asked, drop_tokens=drop)(["snow"])
+    with pytest.raises(ValueError, match=f"reads {room} tokens.*; set text.drop_tokens below {room}$"):
+        encoder_of(str(tmp_path), max_tokens=1, drop_tokens=room)(["snow"])
+    assert encoder_of(str(tmp_path), max_tokens=room)(["red snow moves " * 30]).lengths.tolist() == [room]
+
+
+def test_positions_without_an_end(tmp_path: Path) -> None:
+    config = transformers.XLNetConfig(vocab_size=96, d_model=24, n_layer=2, n_head=4, d_inner=32)
+    transformers.XLNetModel(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, "bert")
+    assert encoder_of(str(tmp_path), max_tokens=50)(["red snow moves " * 30]).lengths.tolist() == [50]
+
+
+# --------------------------------------------------------------------------- tokenizers
+
+
+def test_a_tokenizer_of_other_weights_is_refused(saved: Callable, tmp_path: Path) -> None:
+    transformers.T5EncoderModel(transformers.T5Config(vocab_size=40, **T5)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ids up to [0-9]+, and the model knows 40 tokens; set text.tokenizer"):
+        encoder_of(str(tmp_path), tokenizer=saved("t5"))(["snow"])
+
+
+def test_tokens_added_to_a_tokenizer_that_the_model_lacks_are_left_out(saved: Callable, tmp_path: Path) -> None:
+    """Gemma 3's tokenizer has one for pictures, which its models of text have no row for."""
+    folder = broken(saved, tmp_path, "qwen2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra {k}>" for k in range(20)]})
+    tokenizer.save_pretrained(folder)
+    assert len(tokenizer) > 96
+    encoder = encoder_of(str(folder), no_caption="encoded")
+    assert torch.equal(encoder(["snow<extra 19>"]).states, encoder(["snow"]).states)
+    assert encoder(["<extra 19>"]).states.isfinite().all()
+
+
+def test_a_tokenizer_of_bytes_has_no_vocabulary_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformers.T5EncoderModel(transformers.T5Config(vocab_size=384, **T5)).save_pretrained(tmp_path)
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    encoder = encoder_of(str(tmp_path))
+    assert encoder(["snow"]).lengths.tolist() == [5]
+    before = encoder.fingerprint
+    (tmp_path / "other.model").write_text("a vocabulary of another name")
+    after = encoder_of(str(tmp_path)).fingerprint
+    assert after != before
+    change_config(tmp_path)  # written anew, and the same
+    assert encoder_of(str(tmp_path)).fingerprint == after
+
+
+def test_a_fingerprint_is_of_the_known_files_where_the_vocabulary_is_one(saved: Callable, tmp_path: Path) -> None:
+    folder = broken(saved, tmp_path)
+    (folder / "README.md").write_text("about")
+    assert encoder_of(str(folder)).fingerprint == encoder_of(saved("bert")).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "BertTokenizer", "LlamaTokenizer", "CLIPTokenizer", "MPNetTokenizer"])
+def test_a_tokenizer_that_knows_no_words_is_refused(saved: Callable, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(ValueError, match=f"{tmp_path} has (a|no) tokenizer.*; set text.tokenizer"):
+        encoder_of(saved("bert"), tokenizer=str(tmp_path))(["snow"])
+
+
+def test_a_folder_without_a_tokenizer_is_refused_at_a_glance(saved: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no tokenizer: none of.*set text.tokenizer"):
+        encoder_of(saved("bert"), tokenizer=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize(("kind", "own"), [("bert", 2), ("t5", 1)])
+def test_some_of_a_caption_is_read(saved: Callable, kind: str, own: int) -> None:
+    with pytest.raises(ValueError, match=f"adds {own} tokens to a text.*; set text.max_tokens={own + 1} or more"):
+        encoder_of(saved(kind), max_tokens=own)(["snow"])
+    assert encoder_of(saved(kind), max_tokens=own + 1)([TEXTS[0]]).lengths.tolist() == [own + 1]
+
+
+def test_what_follows_is_cut_off_whatever_the_tokenizer_says(saved: Callable, tmp_path: Path) -> None:
+    folder = broken(saved, tmp_path)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left"}))
+    left, right = (encoder_of(each, max_tokens=6)([TEXTS[0]]).states for each in (str(folder), saved("bert")))
+    assert torch.equal(left, right)
+
+
+def test_home_is_found(saved: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(saved, tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert encoder_of("~/broken", cache="~/kept")(["snow"]).lengths.tolist() == [3]
+    assert any((tmp_path / "kept").rglob("*"))
+    with pytest.raises(ValueError, match="~no_such_user/broken is not a folder; set text.folder"):
+        encoder_of("~no_such_user/broken")(["snow"])
 
 
 def test_what_does_not_fit_names_its_key(saved: Callable, tmp_path: Path) -> None:
