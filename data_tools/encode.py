@@ -41,6 +41,7 @@ from dit_video.model.layers import initialise
 from dit_video.model.pretrained_image import ImageEncoder
 from dit_video.model.text import TextEncoder
 from dit_video.model.wan import given_then_grey
+from dit_video.numbers import NoNumbersError
 from dit_video.shapes import to_float
 from dit_video.trainer.launch import passed_on
 
@@ -128,7 +129,7 @@ class _Encoder:
         clip = to_float(torch.from_numpy(video)[None]).to(self.device)
         mean, logvar = self.autoencoder.encode_distribution(clip)
         if self.encoding.logvar and logvar is None:
-            raise BadDataError(f"{self.autoencoder.name} gives no variance; set logvar=false")
+            raise ValueError(f"{self.autoencoder.name} gives no variance; set logvar=false")
         found = {"mean": mean, "logvar": logvar if self.encoding.logvar else None, "known": None}
         if self.encoding.known:
             found["known"] = self.autoencoder.encode(given_then_grey(clip[:, :1], clip.shape[1]))
@@ -137,10 +138,12 @@ class _Encoder:
 
 
 def _finite(tensors: dict[str, torch.Tensor], key: str) -> dict[str, torch.Tensor]:
-    """Tensors as they were given; ValueError where a number is not finite."""
+    """Tensors as they were given; NoNumbersError where a number is not finite."""
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"what was made of it is not finite in {str(tensor.dtype).rpartition('.')[2]}: {name}; set {key}")
+            raise NoNumbersError(
+                f"what was made of it is not finite in {str(tensor.dtype).rpartition('.')[2]}: {name}; set {key}"
+            )
     return tensors
 
 
@@ -364,9 +367,7 @@ def _made(
     assert outcome.value is not None
     try:
         return encoder.sample(name, outcome.value, job.shape, reader.layout(job.shape, outcome.pixels)[0])
-    except BadDataError:  # not the clip's fault
-        raise
-    except ValueError as error:
+    except NoNumbersError as error:  # what else goes wrong is no fault of the clip's
         return str(error)
 
 

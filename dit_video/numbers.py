@@ -4,6 +4,10 @@ import sys
 from typing import TypeGuard
 
 
+class NoNumbersError(ValueError):
+    """Something came out that is no number."""
+
+
 def is_whole(value: object, least: int, most: int | None = None) -> TypeGuard[int]:
     """Whether a value is a whole number of at least `least`, and at most `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)

@@ -41,7 +41,7 @@ def test_editable_install_has_configs_and_tools() -> None:
 
 
 def test_rooms_import_only_downwards() -> None:
-    rooms = ["seeding", "shapes", "world", "data", "model", "objective", "sampler", "eval", "trainer"]
+    rooms = ["seeding", "numbers", "shapes", "world", "data", "model", "objective", "sampler", "eval", "trainer"]
     wrong = []
     for height, room in enumerate(rooms):
         folder = ROOT / "dit_video" / room

@@ -30,7 +30,8 @@ class BadClip:
 class Ledger:
     """Writes one JSON line a bad clip (key, shard, offset, reason), and raises BadDataError when there are too many of them.
 
-    In a stream that is shuffled so are many in a row, whatever share is allowed; read in order, the bad clips of a shard may be neighbours.
+    In a stream that is shuffled so are many in a row, whatever share is allowed. Of clips that are read in order bad ones may be
+    neighbours, or come up together when what was cut off goes on: there they are counted, and compared with the share of all.
     """
 
     def __init__(self, num_clips: int, max_bad_fraction: float, path: Path | None, shuffled: bool = True) -> None:
@@ -62,6 +63,9 @@ class Ledger:
         """The bad clips, each counted once, and the clips among which they are too many; 0 where they are not."""
         distinct = min(self.seen, self.num_clips)  # so many clips at the most have been met
         allowed = self.max_bad_fraction * self.num_clips
+        if not self.shuffled:
+            too_many = len(self.bad) > allowed and len(self.bad) >= min(BAD_IN_A_ROW, self.num_clips)
+            return (len(self.bad), distinct) if too_many else (0, 0)
         if distinct == self.num_clips and len(self.bad) > (
             max(1, allowed) if allowed else 0
         ):  # after a pass nothing is left to chance

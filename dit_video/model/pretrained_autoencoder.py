@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dit_video.model.autoencoders import Autoencoder
 from dit_video.model.frozen import Frozen, Placement, check_depth, headers, num_weights
 from dit_video.model.transformers_folders import FLOATS, expanded
+from dit_video.numbers import NoNumbersError
 from dit_video.shapes import Patch
 
 KEY = "autoencoder.folder"
@@ -290,7 +291,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     def check_finite(self, what: str, values: Tensor) -> None:
         if not values.isfinite().all():
-            raise ValueError(f"{self.name} gave {what} that are not finite in {self.dtype}; set autoencoder.dtype=float32")
+            raise NoNumbersError(f"{self.name} gave {what} that are not finite in {self.dtype}; set autoencoder.dtype=float32")
 
     def load(self) -> Scaled:
         """The module with its weights; ValueError where folder, weights and what was said of them do not agree."""

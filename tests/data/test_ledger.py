@@ -54,6 +54,15 @@ def test_data_that_turns_bad_late_is_noticed_soon() -> None:
     assert stopped is not None and stopped < 202_000
 
 
+def test_clips_in_order_are_judged_by_their_share_of_all() -> None:
+    neighbours = np.arange(2000) < 20
+    assert stops_at(Ledger(2000, 0.01, None, shuffled=False), neighbours) is None
+    assert stops_at(Ledger(2000, 0.01, None, shuffled=False), np.arange(2000) < 21) == 20
+    assert stops_at(Ledger(40, 0.01, None, shuffled=False), np.ones(40, bool)) == 15
+    assert stops_at(Ledger(3, 0.01, None, shuffled=False), np.ones(3, bool)) == 2
+    assert stops_at(Ledger(40, 1, None, shuffled=False), np.ones(40, bool)) is None
+
+
 def test_no_bad_clip_is_borne_where_none_is_allowed() -> None:
     bad = np.zeros(500, bool)
     bad[7] = True

@@ -416,10 +416,31 @@ def test_broken_clips_are_listed_and_too_many_stop_it(world_shards: Path, tmp_pa
     line = json.loads((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()[1])
     assert line["key"] == "b" and line["shard"].endswith("in/0.tar") and "no caption" not in line["reason"]
     shard = shard_of(tmp_path / "in", "1.tar", *((f"b{number:02d}", broken) for number in range(20)), ("c", clip))
-    with pytest.raises(BadDataError, match="5 of the last 5 clips are bad.*data.max_bad_fraction=0.01"):
+    with pytest.raises(BadDataError, match="16 of the last 16 clips are bad.*data.max_bad_fraction=0.01"):
         encode_shards(tmp_path / "all", loader_of([str(shard)]), Pixels())
     encode_shards(tmp_path / "all", loader_of([str(shard)], max_bad_fraction=1), Pixels())  # and there is a way past them
     assert loader_of(tmp_path / "all").num_clips == 1
+
+
+def test_bad_clips_that_were_met_before_do_not_stop_what_goes_on(world_shards: Path, tmp_path: Path) -> None:
+    clip, broken = clip_of(world_shards), {"mp4": b"no video", "txt": "nothing"}
+    shard = shard_of(tmp_path / "in", "0.tar", *((f"k{number:02d}", broken if number % 7 == 3 else clip) for number in range(42)))
+    out, allowed = tmp_path / "out", {"max_bad_fraction": 0.2}
+    encode_shards(out, loader_of([str(shard)], **allowed), Pixels())
+    wanted = files_of(out)
+    (out / "0.tar").rename(out / "0.tar.partial")
+    (out / "0.tar.partial").write_bytes(wanted["0.tar"][: len(wanted["0.tar"]) * 9 // 10])
+    encode_shards(out, loader_of([str(shard)], **allowed), Pixels())
+    assert files_of(out) == wanted
+
+
+def test_an_encoder_that_cannot_work_is_no_fault_of_the_clips(world_shards: Path, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path / "in", "0.tar", ("a", clip_of(world_shards)))
+    picture_tower(tmp_path / "tower")
+    wrong = ImageEncoder(str(tmp_path / "tower"), dim=10, tokens=7)
+    with pytest.raises(ValueError, match="set image_encoder.tokens"):
+        encode_shards(tmp_path / "out", loader_of([str(shard)], max_bad_fraction=1), Pixels(), image_encoder=wrong)
+    assert not (tmp_path / "out" / "0.tar").exists() and not (tmp_path / "out" / "skipped.jsonl").exists()
 
 
 def test_a_clip_of_which_nothing_finite_is_made_is_left_out(
