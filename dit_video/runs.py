@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -104,7 +104,8 @@ class Run:
         found = published.opened(self.folder) if published.is_published(self.folder) else saved_in(self.folder)
         if isinstance(found, Saved):
             recorded = found.meta.get("encoders")
-            check_encoders(recorded if isinstance(recorded, dict) else {}, network.encoders, "name the right folder")
+            recorded = recorded if isinstance(recorded, dict) else {}
+            check_encoders(recorded, _encoders_of(network, recorded, folders or ()), "name the right folder")
         checkpoint.load_weights(network, found, weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.trained: Trained = make_trained(network.to(device).eval(), make_objective(self.config))
@@ -299,6 +300,21 @@ def move(config: DictConfig, folders: Mapping[str, str]) -> None:
             instead = f"name text.encoders.{encoders[0]}.{name}" if encoders else "leave it out"
             raise ValueError(f"the run's config has no {key}, so there is nothing to be found elsewhere; {instead}")
         part[name] = str(place)
+
+
+def _encoders_of(network: Network, recorded: Mapping[str, str | None], named: Collection[str]) -> dict[str, str | None]:
+    """Who makes those latents and states now of which is recorded who did.
+
+    Where a folder that nobody named is missing or damaged, whoever uses it is told so.
+    """
+    found: dict[str, str | None] = {}
+    for part in (part for part in ("autoencoder", "text", "image_encoder") if recorded.get(part)):
+        try:
+            found[part] = network.encoder(part)
+        except ValueError:
+            if any(key.startswith(part) for key in named):
+                raise
+    return found
 
 
 def check_encoders(then: Mapping[str, str | None], now: Mapping[str, str | None], what_else: str) -> None:

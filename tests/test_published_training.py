@@ -179,8 +179,9 @@ def test_frozen_weights_may_lie_elsewhere_by_now(
     wanted = package.load(tmp_path / "run").sample("snow", 0, **size)
     now = before.rename(tmp_path / "now")
     write_random_autoencoder(str(tmp_path / "another"), seed=3)
+    opened = package.load(tmp_path / "exported")  # which needs no autoencoder yet
     with pytest.raises(ValueError, match="before.*set autoencoder.folder"):
-        package.load(tmp_path / "exported").sample("snow", 0, **size)
+        opened.sample("snow", 0, **size)
     run = package.load(tmp_path / "exported", folders={"autoencoder.folder": str(now)})
     assert np.array_equal(run.sample("snow", 0, **size), wanted)
     with pytest.raises(ValueError, match="autoencoder.folder now holds"):

@@ -53,12 +53,16 @@ class Network(nn.Module):
     @property
     def encoders(self) -> dict[str, str | None]:
         """Who makes latents and states, by fingerprint; none of what is not here, or is trained along."""
+        return {part: self.encoder(part) for part in ("autoencoder", "text", "image_encoder")}
+
+    def encoder(self, part: str) -> str | None:
+        """One of them; ValueError where it should be here, and is not."""
+        if part == "autoencoder":
+            return self.autoencoder.name if self.autoencoder.can_decode else None
+        if part == "text":
+            return self.text.name if self.text.is_frozen and self.text.is_here else None
         images = self.image_encoder
-        return {
-            "autoencoder": self.autoencoder.name if self.autoencoder.can_decode else None,
-            "text": self.text.name if self.text.is_frozen and self.text.is_here else None,
-            "image_encoder": images.name if images is not None and images.is_here else None,
-        }
+        return images.name if images is not None and images.is_here else None
 
     @property
     def is_cut(self) -> bool:
