@@ -10,7 +10,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -585,7 +585,7 @@ class LookedUp(Exception):  # noqa: N818
 def has_room(model: Pretrained, length: int) -> bool:
     """Whether the model has positions for so many tokens; RoBERTa's kin begin behind that of padding. Its layers are not run.
 
-    Where positions are in no table, such as those of rotations, it has.
+    Where positions are in no table that a text is looked up in, as those of rotations are, it has.
     """
     tables = [module for name, module in model.model.named_modules() if isinstance(module, nn.Embedding) and "position" in name]
     if not tables:
@@ -597,12 +597,13 @@ def has_room(model: Pretrained, length: int) -> bool:
     hooks = [table.register_forward_hook(stop) for table in tables]
     token = model.tokenizer("word", add_special_tokens=False)["input_ids"][-1]  # padding has no position of its own
     try:
-        model.model(input_ids=torch.full((1, length), token))
-    except LookedUp:
+        for tokens in (1, length):
+            with suppress(LookedUp):
+                model.model(input_ids=torch.full((1, tokens), token))
+                return True  # no table is asked, those that there are being for pictures
         return True
     except Exception:  # it reads a word, so that this is for want of positions, which every kind of model says in its way
         return False
     finally:
         for hook in hooks:
             hook.remove()
-    return True

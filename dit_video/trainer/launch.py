@@ -90,8 +90,9 @@ def end_rank(status: int) -> None:
     has saved all it should would count as failed. Leaving the process group does not help, as caches inside torch keep it alive.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        logging.shutdown()  # which was registered before all else, and so would come after this
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # whoever read it has left, or it is closed
+            with suppress(AttributeError, OSError, ValueError):  # it is not there, whoever read it has left, or it is closed
                 stream.flush()
         os._exit(status)
 

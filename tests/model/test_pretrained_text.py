@@ -584,6 +584,25 @@ def test_positions_are_as_many_as_can_be_read(tmp_path: Path, kind: str) -> None
     assert encoder_of(str(tmp_path), max_tokens=room)(["red snow moves " * 30]).lengths.tolist() == [room]
 
 
+def test_positions_of_pictures_are_not_those_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a language model run over a long text to find out."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {"model_type": "llama", "vocab_size": 96, "num_hidden_layers": 2, **sizes}
+    tower = {"model_type": "clip_vision_model", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, **sizes}
+    transformers.LlavaModel(transformers.LlavaConfig(text_config=text, vision_config=tower)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, "language")
+    lengths, layer = [], transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    real = layer.forward
+
+    def forward(self: Any, states: torch.Tensor, *more: Any, **named: Any) -> Any:
+        lengths.append(states.shape[1])
+        return real(self, states, *more, **named)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    assert encoder_of(str(tmp_path), max_tokens=500, dim=16)(["snow"]).states.shape[-1] == 16
+    assert lengths and max(lengths) < 10
+
+
 def test_positions_without_an_end(tmp_path: Path) -> None:
     config = transformers.XLNetConfig(vocab_size=96, d_model=24, n_layer=2, n_head=4, d_inner=32)
     transformers.XLNetModel(config).save_pretrained(tmp_path)
