@@ -29,9 +29,7 @@ class Encoding:
     clips: str  # how clips were cut from their sources, in words
     image: str | None = None  # encoder and fingerprint of the first frames' states; none: there are none
     image_size: tuple[int, int] = (0, 0)  # how many states a frame has, and their width
-    text_sizes: tuple[
-        tuple[int, int], ...
-    ] = ()  # widths of the states and of the pooled vector of each text encoder; none: not told
+    text_sizes: tuple[tuple[int, int], ...] = ()  # widths of states and pooled vector, of each text encoder; none: not told
     captions: tuple[str, ...] = ()  # fields of the captions that lie with the clips; none: not told
 
     def to_json(self) -> str:
@@ -54,12 +52,8 @@ class Encoding:
             sizes += [size for width, pooled in made.text_sizes for size in (width, pooled or 1)]
             lengths = (len(made.compression), len(made.image_size))
             whole = all(isinstance(size, int) and 0 < size <= MAX_SIZE for size in sizes)
-            if (
-                made.dtype not in BYTES
-                or lengths != (3, 2)
-                or not whole
-                or not all(isinstance(each, str) for each in made.captions)
-            ):
+            named = all(isinstance(each, str) for each in made.captions)
+            if made.dtype not in BYTES or lengths != (3, 2) or not whole or not named:
                 raise ValueError(f"it is {made}")
             return made
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -2,14 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -164,58 +162,3 @@ class _Pieces:
         """Every tensor is empty."""
         for tensor in self.tensors:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
-
-
-# --------------------------------------------------------------------------- what files say of themselves
-
-
-class Stored(NamedTuple):
-    """A tensor of a file of safetensors, as its header says."""
-
-    file: Path
-    shape: list[int]
-    kind: str  # F32, BF16, I64, F8_E4M3 and so on
-
-
-def headers(files: Sequence[Path], key: str) -> dict[str, Stored]:
-    """The tensors that safetensors hold, by name, and nothing is read; ValueError names the file that is damaged and the config's key."""
-    found = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensor = file.get_slice(name)
-                    found[name] = Stored(path, tensor.get_shape(), tensor.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or cut off: {' '.join(str(error).split())}; set {key}") from error
-    return found
-
-
-def num_weights(files: Sequence[Path], key: str, prefix: str = "") -> int:
-    """How many numbers safetensors hold, as their headers say, in tensors whose names begin so."""
-    return sum(math.prod(tensor.shape) for name, tensor in headers(files, key).items() if name.startswith(prefix))
-
-
-LAYERS = (
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers", "depth",
-    "num_res_blocks", "layers_per_block", "decoder_layers_per_block",
-)  # fmt: skip
-"""What configs call how many layers there are."""
-
-
-def check_depth(path: Path, config: dict[str, Any], num_tensors: int, key: str) -> None:
-    """ValueError where a config asks for more layers than files hold tensors, which would be made, for minutes, before any is missed."""
-    for name, value in settings(config):
-        counts = value if isinstance(value, list) else [value]
-        if name in LAYERS and any(isinstance(count, int) and count > num_tensors for count in counts):
-            raise ValueError(f"{path} asks for {name} {value}, and its weights are {num_tensors} tensors; set {key}")
-
-
-def settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Those of a config and of the configs inside it."""
-    left = [config]
-    while left:
-        for name, value in left.pop().items():
-            yield name, value
-            if isinstance(value, dict):
-                left.append(value)

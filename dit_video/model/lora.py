@@ -36,9 +36,7 @@ def add_adapters(
     transformer: Transformer,  # on the meta device, or with its weights; before it is cut over ranks
     rank: int = 16,
     alpha: float | None = None,  # none: as the rank, so that the scale is 1
-    targets: Sequence[str]
-    | str
-    | None = None,  # ends of adapted layers' names, such as attention.query; none: all hidden matrices
+    targets: Sequence[str] | str | None = None,  # ends of layers' names, such as attention.query; none: all hidden matrices
     seed: int = 0,  # of A where there are weights already; on the meta device it begins with everything else
 ) -> None:
     """Puts an adapter beside each of a transformer's linear layers that are named, in place, and freezes all the rest."""

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_video.model.autoencoders import Autoencoder
-from dit_video.model.frozen import Frozen, Placement, check_depth, headers, num_weights
-from dit_video.model.transformers_folders import FLOATS, expanded
+from dit_video.model.frozen import Frozen, Placement
+from dit_video.model.headers import FLOATS, check_depth, expanded, headers, num_weights
 from dit_video.numbers import NoNumbersError
 from dit_video.shapes import Patch
 

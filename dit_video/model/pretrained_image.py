@@ -14,7 +14,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dit_video.model.frozen import Frozen, Placement, Precision, num_weights
+from dit_video.model.frozen import Frozen, Placement, Precision
+from dit_video.model.headers import num_weights
 from dit_video.model.transformers_folders import (
     check_numbers,
     checksum,

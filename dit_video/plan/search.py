@@ -79,8 +79,9 @@ class Search:
         self.heads = network.transformer.blocks[0].heads
         self.least: Found | None = None
 
-    def tried(self, choice: Choice, words: Sequence[str] = ()) -> Found:
-        words = [*changes(self.choice, choice), *words]
+    def tried(self, choice: Choice) -> Found:
+        """What a choice takes."""
+        words = changes(self.choice, choice)
         memory = estimate_step(self.config, self.network, self.bucket, choice)
         found = Found(words, memory, step_seconds(self.config, memory, choice.hardware, self.device)[0])
         log.info("%s: %s", " ".join(words) or "as it is", with_unit(memory.peak, "B"))

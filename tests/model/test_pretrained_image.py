@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dit_video.model.frozen import num_weights
+from dit_video.model.headers import num_weights
 from dit_video.model.pretrained_image import PROCESSOR, ImageEncoder
 
 transformers = pytest.importorskip("transformers")
